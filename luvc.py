@@ -1,22 +1,23 @@
 """LUVC in one file: vision-language models made faster without training, by dropping visual tokens.
 
-A reference implementation of *Towards Lossless Ultimate Vision Token Compression for VLMs* (Zheng, Huang, Jiang,
-Hu, Chen; arXiv 2512.09010) on stock Hugging Face transformers:
+A reference implementation of *Towards Lossless Ultimate Vision Token Compression for VLMs* (Zheng, Huang,
+Jiang, Hu, Chen; arXiv 2512.09010) on stock Hugging Face transformers:
 
     with LUVC(model):                      # any supported VLM, in place
         model.generate(**inputs)           # your own code, unchanged
 
-A picture becomes hundreds of visual tokens, and the LLM pays for each of them in every layer. LUVC has two units.
-The **Orthogonal Iterative Merger** (OIM) merges neighbouring tokens inside the vision encoder, along one spatial
-axis at a time. The **Spectrum Pruning Unit** (SPU) prunes visual tokens inside the LLM, layer after layer, until
-none are left at the last one; it scores them with a low-pass filter instead of attention, so no attention map is
-ever needed and FlashAttention keeps working.
+A picture becomes hundreds of visual tokens, and the LLM pays for each of them in every layer. LUVC has two
+units. The **Orthogonal Iterative Merger** (OIM) merges neighbouring tokens inside the vision encoder, along
+one spatial axis at a time. The **Spectrum Pruning Unit** (SPU) prunes visual tokens inside the LLM, layer
+after layer, until none are left at the last one; it scores them with a low-pass filter instead of attention,
+so no attention map is ever needed and FlashAttention keeps working.
 
-Only the paper's abstract and short summaries were available to us. What it states and what we choose is listed in
-README.md ("The ledger"); a choice of ours is marked `Our choice` where it is made.
+Only the paper's abstract and short summaries were available to us. What it states and what we choose is
+listed in README.md ("The ledger"); a choice of ours is marked `Our choice` where it is made.
 
-How to read: top to bottom. Sections 1 and 2 are the algorithms: pure functions that need only torch, made to be
-copied. Section 3 holds the settings, section 4 hooks both units into a model, section 5 is the command line.
+How to read: top to bottom. Sections 1 and 2 are the algorithms: pure functions that need only torch, made to
+be copied. Section 3 holds the settings, section 4 hooks both units into a model, section 5 is the command
+line.
 
 Symbols, in shapes and names:
     B   batch                            N   visual tokens of one picture
@@ -24,19 +25,20 @@ Symbols, in shapes and names:
     C   channels                         S   sequence length of one forward call of the LLM
     L   layers of the LLM                P   positions that the KV cache has seen before this call
 
-What this file does not do: other layouts than LLaVA's (`LAYOUTS` is the place), static or quantised KV caches,
-sliding-window attention, cropping the cache (assisted decoding), training with gradient checkpointing, 4-D
-attention masks made by the caller. All of these are refused with an error that says so.
+What this file does not do: other layouts than LLaVA's (`LAYOUTS` is the place), static or quantised KV
+caches, sliding-window attention, cropping the cache (assisted decoding), training with gradient
+checkpointing, 4-D attention masks made by the caller. All of these are refused with an error that says so.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -51,13 +53,13 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
     """Merge neighbouring tokens along one axis of the grid until `keep` are left on it.
 
     Every line of the axis is cut at its `keep - 1` sharpest boundaries, where the cosine similarity of two
-    neighbours is lowest; on a tie the lower index is cut. Each run between two cuts becomes its size-weighted mean.
-    All lines lose the same number of tokens, so the grid stays a rectangle, and the work is one sort of each short
-    line, one `cumsum` and one `scatter_add`, where global matching compares all pairs of tokens.
+    neighbours is lowest; on a tie the lower index is cut. Each run between two cuts becomes its size-weighted
+    mean. All lines lose the same number of tokens, so the grid stays a rectangle, and the work is one sort of
+    each short line, one `cumsum` and one `scatter_add`, where global matching compares all pairs of tokens.
 
     Args:
-        x: (B, H, W, C) floating, the tokens. Zero tokens are legal: a zero token has similarity 1 to another zero
-            token and 0 to anything else.
+        x: (B, H, W, C) floating, the tokens. Zero tokens are legal: a zero token has similarity 1 to another
+            zero token and 0 to anything else.
         size: (B, H, W), how many original tokens each token stands for, > 0 (not checked: reading the values
             would wait for the GPU). All ones to begin with.
         keep: tokens left on the axis, in [1, length of the axis].
@@ -69,12 +71,14 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
         parent: (B, H, W) int64, the index on that axis of the output token that each input token went into.
 
     Raises:
-        ValueError: wrong rank, a dtype that is not floating, a `size` of another shape, `axis` or `keep` out of range.
+        ValueError: wrong rank, a dtype that is not floating, a `size` of another shape, `axis` or `keep` out
+            of range.
 
-    Source: that merging is iterative and orthogonal in the spatial axes is the paper's; the rule is our choice.
+    Source: that merging is iterative and orthogonal in the spatial axes is the paper's; the rule is our
+        choice.
     """
     if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; it must be floating of shape (B, H, W, C)")
+        raise ValueError(f"x of shape {tuple(x.shape)}, {x.dtype}, must be (B, H, W, C) and floating")
     if size.shape != x.shape[:3]:
         raise ValueError(f"size has shape {tuple(size.shape)}; for this x it must be {tuple(x.shape[:3])}")
     if axis not in (1, 2):
@@ -98,7 +102,8 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
     similar = dot / (norm[:, :, :-1] * norm[:, :, 1:]).clamp(min=torch.finfo(accumulate).tiny)
     similar = similar.masked_fill((norm[:, :, :-1] == 0) & (norm[:, :, 1:] == 0), 1.0)
 
-    # Boundary i lies between tokens i and i + 1, so a run starts at i + 1. Stable, so that ties cut the lower index.
+    # Boundary i lies between tokens i and i + 1, so a run starts at i + 1. Stable, so that ties cut the lower
+    # index.
     cut = similar.sort(dim=-1, stable=True).indices[..., : keep - 1]
     starts = torch.zeros(B, H, W, dtype=torch.int64, device=x.device).scatter_(-1, cut + 1, 1)
     parent = starts.cumsum(-1)  # 0 0 1 1 1 2 ...: how many runs have started before or at this token
@@ -159,17 +164,18 @@ def follow(token: Tensor, parent: Tensor, axis: int) -> Tensor:
 
     Source: our choice (bookkeeping).
     """
-    B, H, W = parent.shape
+    W = parent.shape[2]
     moved = parent.flatten(1).gather(1, token)  # the new index on the merged axis
     row, column = token // W, token % W
     if axis == 1:
         return moved * W + column
-    keep = parent[0, 0, -1] + 1 if parent.numel() else 0  # the last token is in the last run: no host sync needed
-    return row * keep + moved
+    columns = parent[:1, :1, -1] + 1  # the last token is in the last run; on the device, so no waiting for it
+    return row * columns + moved
 
 
 def home_slots(token: Tensor, tokens: int, W: int) -> Tensor:
-    """One original patch to represent each merged token: of its own patches the one nearest its centre of mass.
+    """One original patch to represent each merged token: of its own patches the one nearest its centre of
+    mass.
 
     Its own, so that no two tokens claim the same patch: the centre of a bent group can lie outside of it.
 
@@ -203,8 +209,8 @@ def home_slots(token: Tensor, tokens: int, W: int) -> Tensor:
 def low_pass(x: Tensor, cutoff: float, dim: int = 1) -> Tensor:
     """Keep the slow part of a sequence: DC and the lowest `cutoff` of the other frequencies of the real FFT.
 
-    A sequence of N values has N // 2 frequencies beside DC; the lowest `cutoff` * (N // 2) of them pass, to the
-    nearest whole number. `cutoff` 1 is the identity, 0 leaves the mean.
+    A sequence of N values has N // 2 frequencies beside DC; the lowest `cutoff` * (N // 2) of them pass, to
+    the nearest whole number. `cutoff` 1 is the identity, 0 leaves the mean.
 
     Args:
         x: floating, any shape with at least one value along `dim`.
@@ -220,7 +226,7 @@ def low_pass(x: Tensor, cutoff: float, dim: int = 1) -> Tensor:
     Source: that the filter is a low-pass one is the paper's; the transform and the cutoff are our choice.
     """
     if not x.is_floating_point() or x.ndim == 0 or x.shape[dim] == 0:
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; it must be floating, with values along dim={dim}")
+        raise ValueError(f"x of shape {tuple(x.shape)}, {x.dtype}, must be floating, not empty on dim={dim}")
     if not 0 <= cutoff <= 1:
         raise ValueError(f"cutoff={cutoff} must lie in [0, 1]")
     N = x.shape[dim]
@@ -235,8 +241,9 @@ def low_pass(x: Tensor, cutoff: float, dim: int = 1) -> Tensor:
 def spectral_score(x: Tensor, cutoff: float, keep: str = "detail") -> Tensor:
     """Score each token by what a low-pass filter along the tokens makes of it; no attention, no similarities.
 
-    A token that the filter reproduces from its neighbours is redundant; what it removes is detail that would be
-    lost with the token. Shifting the tokens in a circle shifts the scores: the score does not depend on position.
+    A token that the filter reproduces from its neighbours is redundant; what it removes is detail that would
+    be lost with the token. Shifting the tokens in a circle shifts the scores: the score does not depend on
+    position.
 
     Args:
         x: (B, N, C) floating, the visual tokens of one picture in sequence order, N >= 1.
@@ -244,13 +251,14 @@ def spectral_score(x: Tensor, cutoff: float, keep: str = "detail") -> Tensor:
         keep: "detail" scores what the filter removes, "smooth" what it passes (the ablation).
 
     Returns:
-        (B, N) float32, >= 0: the norm over the channels. What is below the rounding error of the FFT counts as
-        0, so that tokens which the filter explains completely tie.
+        (B, N) float32, >= 0: the norm over the channels. What is below the rounding error of the FFT counts
+        as 0, so that tokens which the filter explains completely tie.
 
     Raises:
         ValueError: wrong rank, `keep` unknown, or what `low_pass` raises.
 
-    Source: the low-pass filter and position invariance are the paper's; scoring the residual is our choice (the
+    Source: the low-pass filter and position invariance are the paper's; scoring the residual is our choice
+        (the
     README has the measurement of both directions).
     """
     if x.ndim != 3:
@@ -263,15 +271,18 @@ def spectral_score(x: Tensor, cutoff: float, keep: str = "detail") -> Tensor:
     return score.masked_fill(score <= rounding, 0.0)
 
 
-def spectral_prune(x: Tensor, keep: int, cutoff: float, score: str = "detail", normalize: bool = True) -> Tensor:
+def spectral_prune(
+    x: Tensor, keep: int, cutoff: float, score: str = "detail", normalize: bool = True
+) -> Tensor:
     """Positions of the `keep` tokens with the highest spectral score.
 
     Args:
         x: (B, N, C) floating, the visual tokens of one picture in sequence order.
         keep: how many are kept, in [0, N].
         cutoff, score: as for `spectral_score`.
-        normalize: bring every token to norm 1 first. Big models have a few tokens of huge norm; without this they
-            would ring through the filter and score everywhere, and the layer normalises its input as well.
+        normalize: bring every token to norm 1 first. Big models have a few tokens of huge norm; without this
+            they would ring through the filter and score everywhere, and the layer normalises its input as
+            well.
 
     Returns:
         (B, keep) int64, ascending; ties go to the lower index.
@@ -307,10 +318,10 @@ class LUVCConfig:
     """
 
     vision_keep: float = 0.5625
-    """Fraction of the grid that leaves the encoder, in (0, 1]. 0.5625 is 3/4 along each axis. 1.0: merger off."""
+    """Fraction of the grid that leaves the encoder, in (0, 1]; 0.5625 is 3/4 per axis. 1.0: merger off."""
 
     vision_steps: int = 2
-    """Merges inside the encoder, alternating W, H, spread evenly over its blocks; >= 1 and at most its blocks."""
+    """Merges inside the encoder, along W, H, W, ..., spread evenly over its blocks; at most one per block."""
 
     llm_keep: float | Sequence[float] | None = None
     """Fraction of a picture's visual tokens that each decoder layer processes, counted from what the encoder
@@ -321,8 +332,8 @@ class LUVCConfig:
     """Fraction of the frequencies that the pruner's low-pass filter lets pass, in [0, 1]."""
 
     score: str | Callable[[Tensor, int], Tensor] = "detail"
-    """"detail" keeps what the filter removes, "smooth" what it passes. For ablations and for schemes of your own:
-    a function (x (B, N, C), keep) -> (B, keep) ascending positions, as `spectral_prune` returns them."""
+    """"detail" keeps what the filter removes, "smooth" what it passes. For ablations and for schemes of your
+    own: a function (x (B, N, C), keep) -> (B, keep) ascending positions, as `spectral_prune` returns them."""
 
     normalize: bool = True
     """Bring every token to norm 1 before the filter. False: the raw hidden states."""
@@ -338,35 +349,33 @@ class LUVCConfig:
         if not 0 <= self.cutoff <= 1:
             raise ValueError(f"cutoff={self.cutoff} must lie in [0, 1]")
         if not callable(self.score) and self.score not in ("detail", "smooth"):
-            raise ValueError(f'score={self.score!r} must be "detail", "smooth" or a function (x, keep) -> positions')
+            raise ValueError(f'score={self.score!r} must be "detail", "smooth" or a function (x, keep)')
         if not callable(self.merge):
             raise ValueError(f"merge={self.merge!r} must be a function with the contract of merge_axis")
         if self.llm_keep is None:
             return
         if isinstance(self.llm_keep, Sequence) and not isinstance(self.llm_keep, str):
-            object.__setattr__(self, "llm_keep", tuple(self.llm_keep))  # hashable, and the caller's list stays his
+            object.__setattr__(self, "llm_keep", tuple(self.llm_keep))  # the caller's list stays the caller's
         fractions = self.llm_keep if isinstance(self.llm_keep, tuple) else (self.llm_keep,)
         if not fractions or not all(isinstance(f, (int, float)) and 0 <= f <= 1 for f in fractions):
-            raise ValueError(f"llm_keep={self.llm_keep} must be None, or fractions in [0, 1]; 1.0 turns the pruner off")
-        for layer, (before, after) in enumerate(zip(fractions, fractions[1:], strict=False), start=1):
+            raise ValueError(f"llm_keep={self.llm_keep} must be None or in [0, 1]; 1.0 turns the pruner off")
+        for layer, (before, after) in enumerate(itertools.pairwise(fractions), start=1):
             if after > before:
-                raise ValueError(
-                    f"llm_keep rises from {before} to {after} at layer {layer}; a token that was pruned cannot come back"
-                )
+                raise ValueError(f"llm_keep rises from {before} to {after} at layer {layer}; it must not")
 
     def fractions(self, layers: int) -> list[float]:
-        """`llm_keep` spelled out: the fraction of the visual tokens that each of `layers` decoder layers processes.
+        """`llm_keep` spelled out: the fraction of the visual tokens for each of `layers` decoder layers.
 
         Raises:
             ValueError: a sequence of another length, or fewer than 2 layers for the linear schedule.
         """
         if self.llm_keep is None:
             if layers < 2:
-                raise ValueError(f"the linear schedule needs at least 2 decoder layers, not {layers}; set llm_keep")
+                raise ValueError(f"the linear schedule needs at least 2 layers, not {layers}; set llm_keep")
             return [1 - layer / (layers - 1) for layer in range(layers)]
         if isinstance(self.llm_keep, tuple):
             if len(self.llm_keep) != layers:
-                raise ValueError(f"llm_keep has {len(self.llm_keep)} fractions; this model has {layers} decoder layers")
+                raise ValueError(f"llm_keep has {len(self.llm_keep)} fractions for {layers} decoder layers")
             return list(self.llm_keep)
         return [float(self.llm_keep)] * layers
 
@@ -382,29 +391,37 @@ class LUVCConfig:
 # ======================================================================================================
 #
 # One idea keeps this small: *logical* and *physical* sequence. Everything outside the layers keeps seeing the
-# logical sequence: input_ids, attention mask, position ids, logits, cache length, hidden_states. Each decoder layer
-# physically processes a subset: gather the rows that are kept, run the layer as it is, scatter its output back. A
-# pruned token just stops being updated and rides along in the residual stream.
+# logical sequence: input_ids, attention mask, position ids, logits, cache length, hidden_states. Each decoder
+# layer physically processes a subset: gather the rows that are kept, run the layer as it is, scatter its
+# output back. A pruned token just stops being updated and rides along in the residual stream.
 #
 #     logical   | t t v v v v v v v v t t t |      t text, v visual
 #     layer 0   | t t v v v v v v v v t t t |
 #     layer 5   | t t v . v . . v v . t t t |      what the layer computes is a shorter causal sequence;
 #     last one  | t t . . . . . . . . t t t |      rotary positions are those of the logical sequence
 #
-# The encoder has fewer places to hide: after the projector each merged token is written into one of the slots of its
-# own patches (`home_slots`), so that the number of placeholders in the prompt stays what model and processor expect.
-# The other slots are *dead*: they hold zeros, and no decoder layer ever processes them, not even the first. Zeros
-# instead of a list kept somewhere, because features travel: `generate` computes them ahead, repeats them for beams.
+# The encoder has fewer places to hide: after the projector each merged token is written into one of the slots
+# of its own patches (`home_slots`), so that the number of placeholders in the prompt stays what model and
+# processor expect. The other slots are *dead*: they hold zeros, and no decoder layer ever processes them, not
+# even the first. Zeros instead of a list kept somewhere, because features travel: `generate` computes them
+# ahead, repeats them for beams.
 
 from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function  # noqa: E402
 
 
-class PrunedLayer(DynamicLayer):
-    """The KV cache of one decoder layer that says how many positions the model has seen, not how many it stored.
+def stored(layer) -> int:
+    """Columns of keys and values that one layer of a KV cache holds."""
+    return layer.keys.shape[-2] if layer.is_initialized else 0
 
-    Masks and rotary positions are computed from the logical length; the keys hold only what this layer processed.
-    Everything lives in the cache object of the caller, so two conversations cannot mix, and beams reorder together.
+
+class PrunedLayer(DynamicLayer):
+    """The KV cache of one decoder layer that says how many positions the model has seen, not how many it
+    stored.
+
+    Masks and rotary positions are computed from the logical length; the keys hold only what this layer
+    processed. All state lives in the caller's cache object, so two conversations cannot mix, and beams
+    reorder it together.
     """
 
     is_croppable = False
@@ -412,7 +429,7 @@ class PrunedLayer(DynamicLayer):
     def __init__(self):
         super().__init__()
         self.seen = 0  # logical length
-        self.real = None  # (B, stored) bool, False where a column is only a filler; None if there are no fillers
+        self.real = None  # (B, stored) bool, False for fillers; None as long as there are none
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -420,20 +437,15 @@ class PrunedLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
-    def stored(self) -> int:
-        """Columns of keys and values that this layer holds."""
-        return self.keys.shape[-2] if self.is_initialized else 0
-
-    def extend(self, columns: int, positions: int, real: Tensor | None) -> Tensor | None:
-        """Note that `columns` columns for `positions` positions are about to be stored; returns `real` for all."""
-        if real is not None or self.real is not None:
-            B = len(real if real is not None else self.real)
-            device = (real if real is not None else self.real).device
-            before = self.real if self.real is not None else torch.ones(B, self.stored(), dtype=bool, device=device)
-            now = real if real is not None else torch.ones(B, columns, dtype=bool, device=device)
-            self.real = torch.cat([before, now], dim=1)
+    def extend(self, columns: int, positions: int, real: Tensor | None) -> None:
+        """Note that the layer is about to store `columns` columns for `positions` positions."""
         self.seen += positions
-        return self.real
+        if real is None and self.real is None:
+            return
+        known = real if real is not None else self.real
+        before = known.new_ones(len(known), stored(self)) if self.real is None else self.real
+        after = known.new_ones(len(known), columns) if real is None else real
+        self.real = torch.cat([before, after], dim=1)
 
     def reset(self) -> None:
         super().reset()
@@ -441,22 +453,22 @@ class PrunedLayer(DynamicLayer):
         self.is_initialized, self.seen = False, 0
 
     def crop(self, *args, **kwargs) -> None:
-        raise ValueError("LUVC cannot crop its KV cache (assisted and prompt-lookup decoding do); decode without it")
+        raise ValueError("LUVC cannot crop its KV cache, as assisted and prompt-lookup decoding would")
 
-    def _batch(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self.keys, self.values = change(self.keys), change(self.values)
+            self.keys, self.values = function(self.keys), function(self.values)
         if self.real is not None:
-            self.real = change(self.real)
+            self.real = function(self.real)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._batch(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._batch(lambda t: t[indices.to(t.device)])
+        self._change(lambda t: t[indices.to(t.device)])
 
 
 # ---- 4.1 Layouts: where the parts of a family of models are ------------------------------------------
@@ -464,21 +476,18 @@ class PrunedLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class Layout:
-    """What LUVC has to know about a model. A new family needs a function that fills this in, listed in `LAYOUTS`."""
+    """What LUVC has to know about a model. A new family is a function that fills this in, in `LAYOUTS`."""
 
     base: nn.Module  # its forward sees input_ids
-    tower: nn.Module  # the vision encoder
-    blocks: Sequence[nn.Module]  # of the tower
+    blocks: Sequence[nn.Module]  # of the vision encoder
     used_blocks: int  # how many of them run before the features are taken
     projector: nn.Module  # encoder channels -> LLM channels
     decoder: nn.Module  # the LLM without its head
-    layers: Sequence[nn.Module]  # of the decoder
     image_token: int  # id of the placeholder that input_ids holds once per slot
     H: int  # token grid of one picture
     W: int
     prefix: int  # tokens in front of the grid inside the encoder (CLS)
     slots_prefix: int  # how many of these also reach the LLM
-    check_feature_layer: str = ""  # named when the features have an unexpected length
 
     @property
     def slots(self) -> int:
@@ -489,25 +498,31 @@ class Layout:
 def llava_layout(model: nn.Module) -> Layout:
     """LLaVA: CLIP or SigLIP tower, one feature layer, with or without CLS, a Llama or Qwen2 decoder."""
     config, base = model.config, model.base_model
-    vision, text = config.vision_config, config.text_config
-    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(f"vision tower {vision.model_type!r} is not supported; LLaVA layouts: CLIP or SigLIP")
+    vision, text, clip = config.vision_config, config.text_config, "clip_vision_model"
+    if vision.model_type not in (clip, "siglip_vision_model"):
+        raise ValueError(f"vision tower {vision.model_type!r} is not supported; for LLaVA, CLIP or SigLIP")
     if text.model_type not in ("llama", "qwen2"):
-        raise ValueError(f"decoder {text.model_type!r} is not supported; LLaVA layouts: Llama or Qwen2")
+        raise ValueError(f"decoder {text.model_type!r} is not supported; for LLaVA, Llama or Qwen2")
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(f"vision_feature_layer={config.vision_feature_layer} must be a single layer")
-    blocks = getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers
-    side, prefix = vision.image_size // vision.patch_size, int(vision.model_type == "clip_vision_model")
-    full = config.vision_feature_select_strategy == "full"
+    prefix, full = int(vision.model_type == clip), config.vision_feature_select_strategy == "full"
     if not full and not prefix:
-        raise ValueError('vision_feature_select_strategy="default" drops a CLS token, and SigLIP has none; use "full"')
-    # hidden_states[0] are the embeddings, hidden_states[i] is what block i - 1 returns.
-    used = config.vision_feature_layer % (len(blocks) + 1)
+        raise ValueError('vision_feature_select_strategy="default" drops CLS; SigLIP has none, so set "full"')
+    blocks = getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers
+    side = vision.image_size // vision.patch_size
     return Layout(
-        base=base, tower=base.vision_tower, blocks=blocks, used_blocks=used, projector=base.multi_modal_projector,
-        decoder=base.language_model, layers=base.language_model.layers, image_token=config.image_token_id,
-        H=side, W=side, prefix=prefix, slots_prefix=prefix if full else 0, check_feature_layer="vision_feature_layer",
-    )  # fmt: skip
+        base=base,
+        blocks=blocks,
+        # hidden_states[0] are the embeddings, hidden_states[i] is what block i - 1 returns.
+        used_blocks=config.vision_feature_layer % (len(blocks) + 1),
+        projector=base.multi_modal_projector,
+        decoder=base.language_model,
+        image_token=config.image_token_id,
+        H=side,
+        W=side,
+        prefix=prefix,
+        slots_prefix=prefix if full else 0,
+    )
 
 
 LAYOUTS: dict[str, Callable[[nn.Module], Layout]] = {"llava": llava_layout}
@@ -521,11 +536,11 @@ def find_layout(model: nn.Module) -> Layout:
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in LAYOUTS:
-        raise ValueError(f"{kind!r} is not supported: LUVC needs a VLM of one of the families {sorted(LAYOUTS)}")
+        raise ValueError(f"{kind!r} is not supported; LUVC needs a VLM of the families {sorted(LAYOUTS)}")
     layout = LAYOUTS[kind](model)
     attention = layout.decoder.config._attn_implementation
     if attention == "flex_attention" or attention not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise ValueError(f"attention {attention!r} is not supported; load with sdpa, flash_attention_2 or eager")
+        raise ValueError(f"attention {attention!r} is not supported; use sdpa, flash_attention_2 or eager")
     kinds = set(getattr(layout.decoder.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise ValueError(f"decoder layers of kind {sorted(kinds)} are not supported; only full attention is")
@@ -536,105 +551,99 @@ def find_layout(model: nn.Module) -> Layout:
 
 
 class Positions:
-    """Which logical positions of one forward call each decoder layer processes, for every sample of the batch.
+    """Which logical positions of one forward call each decoder layer processes, for every sample of the
+    batch.
 
-    Padding is never processed. How *many* positions are processed is known on the host from the start, so no layer
-    has to wait for the GPU; *which* ones is decided on the device, when a layer's input is there.
+    Padding is never processed. How *many* positions are processed is known on the host from the start, so no
+    layer has to wait for the device; *which* ones is decided on the device, when a layer's input is there.
+
+    Args:
+        visual: (B, S) bool, the slots of pictures.
+        real: (B, S) bool, False for padding.
+        alive: (B, S) bool, False for the dead slots that merging leaves.
+        slots: number of slots of one picture.
+        fractions: of a picture's visual tokens, one per decoder layer.
+        start: positions seen before, P.
+
+    Raises:
+        ValueError: a picture that is not whole, or a prompt that ends with a picture.
     """
 
-    def __init__(self, visual: Tensor, real: Tensor, alive: Tensor, slots: int, fractions: list[float], start: int):
-        """
-        Args:
-            visual: (B, S) bool, the slots of pictures.
-            real: (B, S) bool, False for padding.
-            alive: (B, S) bool, False for the dead slots of merged tokens.
-            slots: number of slots of one picture.
-            fractions: of the visual tokens, one per decoder layer.
-            start: positions seen before, P.
-
-        Raises:
-            ValueError: a picture that is not whole, or a prompt that ends with a picture.
-        """
-        self.start, self.fractions, (B, self.S) = start, fractions, visual.shape
-        visual, self.text = visual & real, real & ~visual
-        self.keep = self.text.clone()  # (B, S): what the current layer processes
-        self.index: list[Tensor | None] = []  # per layer so far: (B, K) positions, S for fillers; None: all of them
-        sample, slot = visual.nonzero(as_tuple=True)
+    def __init__(
+        self, visual: Tensor, real: Tensor, alive: Tensor, slots: int, fractions: list[float], start: int
+    ):
+        self.fractions, self.start, self.slots, (B, self.S) = fractions, start, slots, visual.shape
+        text = real & ~visual
+        sample, slot = (visual & real).nonzero(as_tuple=True)
         if len(slot) % slots:
             raise ValueError(
-                f"{len(slot)} visual positions are no whole number of pictures of {slots}; a prompt must not be cut "
-                "or prefilled in chunks within a picture"
+                f"{len(slot)} visual positions are not a whole number of pictures of {slots}; "
+                "a prompt must not be cut off, or prefilled in chunks, within a picture"
             )
         sample, slot = sample.view(-1, slots), slot.view(-1, slots)  # (pictures, slots)
-        delivered = alive[sample, slot]
-        last = torch.where(real, torch.arange(self.S, device=real.device), -1).amax(dim=1)
-        ends_visual = visual.gather(1, last.clamp(min=0)[:, None])[:, 0]
-        # The one point where the host waits for the device; all numbers in one go.
-        numbers = torch.cat([sample[:, 0], sample[:, -1], delivered.sum(1), self.text.sum(1), ends_visual.long()])
-        numbers = numbers.tolist()
-        R = len(slot)
-        first, end, count = numbers[:R], numbers[R : 2 * R], numbers[2 * R : 3 * R]
-        self.texts, ends = numbers[3 * R : 3 * R + B], numbers[3 * R + B :]
-        if first != end:
+        # From here to the end of __init__ the host waits for the device, and nowhere else.
+        owners = sample.tolist()
+        if any(len(set(owner)) > 1 for owner in owners):
             raise ValueError(f"a picture of {slots} slots is spread over two samples; is a prompt cut off?")
-        if any(ends):
-            raise ValueError(f"sample {ends.index(1)} ends with a picture; put text behind it, as chat templates do")
-        self.pictures = [first.count(b) for b in range(B)]
-        self.slots = slots
-        # Pictures that delivered equally many tokens are pruned together: (samples, positions (R, n), n).
-        self.groups = []
-        for n in sorted(set(count)):
-            rows = torch.tensor([r for r in range(R) if count[r] == n], device=slot.device)
-            where = torch.where(delivered[rows], slot[rows], self.S).sort(dim=1).values[:, :n]
-            self.groups.append([sample[rows, 0], where, n])
-            self.keep[sample[rows, :1], where] = True
-        self.owners = [[first[r] for r in range(R) if count[r] == n] for n in sorted(set(count))]
-        self.visual: list[list[int]] = []  # per layer so far, per sample: visual tokens processed
+        self.owners = [owner[0] for owner in owners]
+        self.pictures = [self.owners.count(b) for b in range(B)]
+        self.texts = text.sum(1).tolist()
+
+        # A prompt's last position speaks the next word, so it has to stay alive to the last layer.
+        last = torch.where(real, torch.arange(self.S, device=real.device), 0).amax(dim=1, keepdim=True)
+        ends_visual = (visual & real).gather(1, last)[:, 0].tolist()
+        if any(ends_visual):
+            raise ValueError(f"sample {ends_visual.index(True)} ends with a picture; put text behind it")
+
+        # What the encoder delivered: the slots that are alive, in order. (pictures, slots) -> (pictures, n)
+        delivered = alive[sample, slot]
+        counts = set(delivered.sum(1).tolist()) or {0}
+        if len(counts) > 1:
+            raise ValueError(f"the pictures hold {sorted(counts)} tokens; were some encoded without LUVC?")
+        self.delivered = counts.pop()
+        self.sample = sample[:, :1]
+        self.where = torch.where(delivered, slot, self.S).sort(dim=1).values[:, : self.delivered]
+
+        self.keep = text  # (B, S) bool: what the current layer processes
+        self.keep[self.sample, self.where] = True
+        self.index: list[Tensor | None] = []  # what `select` returned, per layer so far
+        self.visual: list[list[int]] = []  # visual tokens processed, per layer so far and sample
+        self.totals: list[int] = []  # positions processed by the latest layer, per sample
 
     def select(self, hidden: Tensor, prune: Callable[[Tensor, int], Tensor]) -> Tensor | None:
         """Prune for the next layer, whose logical input is `hidden` (B, S, C).
 
         Returns:
-            (B, K) int64, the positions that it processes, ascending, filled up at the end with S where a sample has
-            fewer than others; None if it processes every position of every sample.
+            (B, K) int64, the positions that it processes, ascending, filled up at the end with S where a
+            sample has fewer than others; None if it processes every position of every sample.
         """
-        fraction, B = self.fractions[len(self.index)], len(hidden)
-        visual = [0] * B
-        for group, owners in zip(self.groups, self.owners, strict=True):
-            samples, where, delivered = group
-            keep = math.floor(fraction * delivered + 0.5)
-            if keep < where.shape[1]:
-                rows = samples[:, None].to(hidden.device)
-                where = where.to(hidden.device)
-                chosen = where.gather(1, prune(hidden[rows, where], keep))
-                self.keep = self.keep.to(hidden.device)
-                self.keep[rows, where] = False
-                self.keep[rows, chosen] = True
-                group[1] = chosen
-            for owner in owners:
-                visual[owner] += keep
-        self.visual.append(visual)
-        totals = [text + v for text, v in zip(self.texts, visual, strict=True)]
-        if min(totals) == self.S:
-            self.index.append(None)
-        elif self.index and self.index[-1] is not None and totals == self._totals:
-            self.index.append(self.index[-1])
+        layer, device = len(self.index), hidden.device
+        self.keep, self.sample, self.where = (t.to(device) for t in (self.keep, self.sample, self.where))
+        keep = math.floor(self.fractions[layer] * self.delivered + 0.5)
+        changed = keep < self.where.shape[1]
+        if changed:
+            chosen = self.where.gather(1, prune(hidden[self.sample, self.where], keep))  # (pictures, keep)
+            self.keep[self.sample, self.where] = False
+            self.keep[self.sample, chosen] = True
+            self.where = chosen
+        self.visual.append([pictures * keep for pictures in self.pictures])
+        self.totals = [text + visual for text, visual in zip(self.texts, self.visual[-1], strict=True)]
+        if changed or layer == 0:
+            every = torch.arange(self.S, device=device)
+            index = torch.where(self.keep, every, self.S).sort(dim=1).values[:, : max(self.totals)]
+            self.index.append(None if min(self.totals) == self.S else index)
         else:
-            every = torch.arange(self.S, device=self.keep.device)
-            self.index.append(torch.where(self.keep, every, self.S).sort(dim=1).values[:, : max(totals)])
-        self._totals = totals
+            self.index.append(self.index[-1])
         return self.index[-1]
 
-    @property
     def ragged(self) -> bool:
         """Do the samples differ in how many positions the latest layer processes?"""
-        return min(self._totals) != max(self._totals)
+        return len(set(self.totals)) > 1
 
     def kept(self) -> list[list[Tensor]]:
         """Per layer and sample the 1-D int64 logical positions that were processed, ascending."""
-        B = len(self.texts)
-        every = torch.arange(self.S, device=self.keep.device)
-        rows = [every.expand(B, self.S) if index is None else index for index in self.index]
+        every = torch.arange(self.S, device=self.keep.device).expand(len(self.texts), self.S)
+        rows = [every if index is None else index for index in self.index]
         return [[row[row < self.S] + self.start for row in index] for index in rows]
 
 
@@ -645,38 +654,38 @@ class Positions:
 class Report:
     """What LUVC did in the latest prefill, summed over the batch. `print` it.
 
-    `flops_left` is the fraction of the LLM's prefill arithmetic that is left. A decoder layer whose linear maps hold
-    M weights, with attention of width A (heads times head size), costs for n positions that follow p stored ones
+    `flops_left` is the fraction of the LLM's prefill arithmetic that is left. A decoder layer whose linear
+    maps hold M weights, with attention of width A (heads times head size), costs for n positions after p
+    stored ones
 
         2 * M * n  +  4 * A * (n * p + n * (n + 1) / 2)         (a multiply-add counts as two)
 
-    floating-point operations per sample; the fraction is the sum over all decoder layers of what was processed over
-    the same sum for every position that is not padding. Embedding, vision encoder and output head are not counted.
+    floating-point operations per sample. The fraction is this summed over all decoder layers, for the
+    positions that were processed over all that are not padding. Embedding, vision encoder and output head are
+    not counted.
     """
 
-    vision_tokens: list[int] = field(default_factory=list)  # per encoder block, of one picture, CLS not counted
-    visual_tokens: list[int] = field(default_factory=list)  # per decoder layer
-    positions: list[int] = field(default_factory=list)  # per decoder layer, text included, padding not
-    visual_full: int = 0  # visual tokens per decoder layer of the plain model
-    positions_full: int = 0
-    kv_bytes: int = 0  # keys and values as stored after the latest forward
-    kv_bytes_full: int = 0  # what the plain model would have stored
-    flops_left: float = 1.0
+    vision_tokens: list[int]  # per encoder block, of one picture, CLS not counted
+    visual_tokens: list[int]  # per decoder layer
+    positions: list[int]  # per decoder layer, text included, padding not
+    visual_full: int  # visual tokens per decoder layer of the plain model
+    positions_full: int  # positions per decoder layer of the plain model
+    kv_bytes: int  # keys and values as stored after the latest forward
+    kv_bytes_full: int  # what the plain model would have stored
+    flops_left: float
 
     def __str__(self) -> str:
-        def bars(numbers, full):
-            return "\n".join(f"  {i:3d} {n:6d} {'#' * round(40 * n / max(full, 1))}" for i, n in enumerate(numbers))
+        def bars(title, numbers, full):
+            rows = (f"  {i:3d} {n:6d} {'#' * round(40 * n / max(full, 1))}" for i, n in enumerate(numbers))
+            return "\n".join([f"{title} (at most {full})", *rows])
 
-        share = sum(self.visual_tokens) / max(1, self.visual_full * len(self.visual_tokens))
-        return (
-            f"vision tokens per encoder block (one picture)\n{bars(self.vision_tokens, max(self.vision_tokens or [1]))}\n"
-            f"visual tokens per decoder layer (plain: {self.visual_full}), {share:.0%} of all\n"
-            f"{bars(self.visual_tokens, self.visual_full)}\n"
-            f"positions per decoder layer (plain: {self.positions_full})\n"
-            f"{bars(self.positions, self.positions_full)}\n"
-            f"KV cache {self.kv_bytes:,} bytes (plain: {self.kv_bytes_full:,}); "
-            f"LLM prefill FLOPs left: {self.flops_left:.1%}"
-        )
+        return "\n".join([
+            bars("vision tokens of one picture, per block", self.vision_tokens, max(self.vision_tokens)),
+            bars("visual tokens, per decoder layer", self.visual_tokens, self.visual_full),
+            bars("all positions, per decoder layer", self.positions, self.positions_full),
+            f"KV cache {self.kv_bytes:,} bytes, plain {self.kv_bytes_full:,}",
+            f"LLM prefill FLOPs left {self.flops_left:.1%}",
+        ])
 
 
 class LUVC:
@@ -686,13 +695,16 @@ class LUVC:
             model.generate(**inputs)       # or model(...), or a pipeline: nothing else changes
         print(luvc.report())
 
-    No attention map is read, and a causal mask is made only where the samples of a batch differ in length, so the
-    flash kernels run. With everything off (`vision_keep=1.0, llm_keep=1.0`) the model's results are bit-identical.
+    No attention map is read, and a mask is made only where transformers would make one for the shorter
+    sequence, so the flash kernels run. With everything off (`vision_keep=1.0, llm_keep=1.0`) results are
+    bit-identical.
 
-    A second turn on the same KV cache works. It sees all text of the first turn, and of its pictures what each layer
-    has stored: everything in the first layers, nothing in the last. What the first turn did not take from a picture
-    is harder to ask for in the second; start anew with the picture, or use a schedule that does not end at zero.
-    A new picture in the second turn is seen as in the first.
+    A second turn on the same KV cache works. It sees all text of the first turn, and of its pictures what
+    each
+    layer has stored: everything in the first layers, nothing in the last. What the first turn did not take
+        from a
+    picture is harder to ask for in the second; begin anew with the picture, or use a schedule that does not
+    end at zero. A new picture in the second turn is seen as in the first.
 
     Args:
         model: a Hugging Face VLM of a supported family (`LAYOUTS`).
@@ -702,24 +714,25 @@ class LUVC:
         ValueError: an unsupported model, or settings that do not fit it (number of layers or encoder blocks).
     """
 
-    def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):  # noqa: B008 (frozen)
+    def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
         self.model, self.config, self.layout = model, config, find_layout(model)
         layout = self.layout
-        self.fractions = config.fractions(len(layout.layers))
-        self.plan = merge_plan(layout.H, layout.W, config.vision_keep, config.vision_steps)
-        if len(self.plan) > layout.used_blocks:
-            raise ValueError(f"vision_steps={config.vision_steps} exceeds the {layout.used_blocks} usable encoder blocks")
-        # Our choice: the merges are spread evenly over the blocks, as early and as late as that gives.
-        blocks = [(i + 1) * layout.used_blocks // (len(self.plan) + 1) for i in range(len(self.plan))]
-        self.merges = dict(zip(blocks, self.plan, strict=True))  # block -> (axis, H, W) after merging before it
-        self.off = not self.plan and all(f == 1 for f in self.fractions)
+        self.fractions = config.fractions(len(layout.decoder.layers))
+        plan = merge_plan(layout.H, layout.W, config.vision_keep, config.vision_steps)
+        if len(plan) > layout.used_blocks:
+            most = layout.used_blocks
+            raise ValueError(f"vision_steps={config.vision_steps} must be at most {most}, one per encoder block")
+        # Our choice: the merges are spread evenly over the blocks. Block -> (axis, H, W) after merging before
+        # it.
+        self.merges = {(i + 1) * layout.used_blocks // (len(plan) + 1): step for i, step in enumerate(plan)}
+        self.off = not self.merges and all(fraction == 1 for fraction in self.fractions)
         self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
-        self._ids: Tensor | None = None  # input_ids of the forward that is running
-        self._grid: tuple | None = None  # (size, token) of the pictures that the encoder is working on
-        self._now: Positions | None = None  # the forward that is running
-        self._prefill: Positions | None = None  # the latest one that was a prefill
-        self._past: list[int] = []  # columns stored before it, per layer
-        self._kv: dict[int, tuple[int, int]] = {}  # layer -> bytes (stored, plain)
+        self._ids: Tensor | None = None  # input_ids of the forward call that is running
+        self._grid: tuple[Tensor, Tensor] | None = None  # (size, token) of the pictures in the encoder
+        self._now: Positions | None = None  # the prefill that is running
+        self._prefill: Positions | None = None  # the latest prefill
+        self._past: list[int] = []  # columns that were stored before it, per layer
+        self._kv: dict[int, tuple[int, int]] = {}  # layer -> bytes (stored, plain), latest call
 
     # -- hooks in, hooks out
 
@@ -736,15 +749,13 @@ class LUVC:
             layout.base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
         ]
-        if self.plan:
-            handles.append(layout.tower.register_forward_pre_hook(self._before_tower, with_kwargs=True))
-            handles.append(layout.projector.register_forward_hook(self._after_projector))
-        for block, (axis, H, W) in self.merges.items():
-            hook = self._before_block(axis, H if axis == 1 else W)
+        for block in self.merges:
+            hook = self._merge_before(block)
             handles.append(layout.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
+        if self.merges:
+            handles.append(layout.projector.register_forward_hook(self._after_projector))
         self._undo = [handle.remove for handle in handles]
-        for number, layer in enumerate(layout.layers):
-            self._undo.append(self._wrap(number, layer))
+        self._undo += [self._wrap(number, layer) for number, layer in enumerate(layout.decoder.layers)]
         return self
 
     def detach(self) -> None:
@@ -762,15 +773,16 @@ class LUVC:
         self.detach()
 
     def _wrap(self, number: int, layer: nn.Module) -> Callable[[], None]:
-        # A layer is wrapped at `forward`, inside of its hooks. transformers collects hidden_states by hooks on the
-        # layers: these have to see the logical sequence on both sides, which pre- and post-hooks of ours cannot give.
+        # A layer is wrapped at `forward`, inside of its hooks. transformers collects hidden_states by hooks
+        # on the layers: these have to see the logical sequence on both sides, which a pre-hook of ours would
+        # take away.
         had_own, plain = "forward" in layer.__dict__, layer.forward
 
         def forward(hidden_states, *args, **kwargs):
             return self._run_layer(number, plain, hidden_states, *args, **kwargs)
 
         def undo():
-            if had_own:  # accelerate does the same when it spreads a model over devices
+            if had_own:  # accelerate wraps in the same way when it spreads a model over devices
                 layer.forward = plain
             else:
                 del layer.forward
@@ -780,39 +792,36 @@ class LUVC:
 
     # -- the vision encoder
 
-    def _before_tower(self, module, args, kwargs):
-        pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        B, N = len(pixels), self.layout.H * self.layout.W
-        size = torch.ones(B, self.layout.H, self.layout.W, device=pixels.device)
-        self._grid = size, torch.arange(N, device=pixels.device).expand(B, N)
+    def _merge_before(self, block: int) -> Callable:
+        axis, *left = self.merges[block]  # left: H, W after this merge
 
-    def _before_block(self, axis: int, keep: int) -> Callable:
         def hook(module, args, kwargs):
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            args = list(args)
+            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args.pop(0)
+            layout = self.layout
+            if block == min(self.merges):  # new pictures: every patch is a token of its own, of size 1
+                size = torch.ones(len(hidden), layout.H, layout.W, device=hidden.device)
+                self._grid = size, torch.arange(size[0].numel(), device=hidden.device).expand(len(hidden), -1)
             size, token = (t.to(hidden.device) for t in self._grid)
-            prefix, grid = hidden[:, : self.layout.prefix], hidden[:, self.layout.prefix :]
-            grid, size, parent = self.config.merge(grid.unflatten(1, size.shape[1:]), size, keep, axis)
+            grid = hidden[:, layout.prefix :].unflatten(1, size.shape[1:])
+            grid, size, parent = self.config.merge(grid, size, left[axis - 1], axis)
             self._grid = size, follow(token, parent, axis)
-            hidden = torch.cat([prefix, grid.flatten(1, 2)], dim=1)
-            if "hidden_states" in kwargs:
-                return args, kwargs | {"hidden_states": hidden}
-            return (hidden, *args[1:]), kwargs
+            return (torch.cat([hidden[:, : layout.prefix], grid.flatten(1, 2)], dim=1), *args), kwargs
 
         return hook
 
     def _after_projector(self, module, args, features):
-        """(pictures, merged tokens, C) -> (pictures, slots, C): each token in its home slot, zeros elsewhere."""
-        size, token = (t.to(features.device) for t in self._grid)
-        layout, tokens = self.layout, size.shape[1] * size.shape[2]
-        if features.shape[1] != layout.slots_prefix + tokens:
+        """(pictures, merged tokens, C) -> (pictures, slots, C): tokens in home slots, zeros elsewhere."""
+        layout, (size, token) = self.layout, (t.to(features.device) for t in self._grid)
+        tokens, prefix = size[0].numel(), layout.slots_prefix
+        if features.shape[1] != prefix + tokens:
             raise ValueError(
-                f"the encoder delivered {features.shape[1]} features where merging leaves {layout.slots_prefix + tokens};"
-                f" with the merger on, {layout.check_feature_layer} must be the one of the model's config"
+                f"the encoder delivered {features.shape[1]} features where merging leaves {prefix + tokens}; "
+                "vision_feature_layer and vision_feature_select_strategy must be those of the model's config"
             )
         home = home_slots(token, tokens, layout.W)[..., None].expand(-1, -1, features.shape[2])
-        prefix, merged = features[:, : layout.slots_prefix], features[:, layout.slots_prefix :]
         slots = features.new_zeros(len(features), layout.H * layout.W, features.shape[2])
-        return torch.cat([prefix, slots.scatter(1, home, merged)], dim=1)
+        return torch.cat([features[:, :prefix], slots.scatter(1, home, features[:, prefix:])], dim=1)
 
     # -- the LLM
 
@@ -825,52 +834,51 @@ class LUVC:
     def _before_decoder(self, module, args, kwargs):
         """Decide what this forward call processes, and let the KV cache count logical positions."""
         embeds, mask, cache = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "past_key_values"))
-        if embeds is None:
+        ids, self._ids, self._now, self._kv = self._ids, None, None, {}
+        if embeds is None:  # the LLM alone, with ids of its own
             embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
-        ids, self._ids = self._ids, None
-        if mask is not None and mask.ndim != 2 and not self.off:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; LUVC needs the 2-D mask of the padding")
-        if module.training and getattr(module, "gradient_checkpointing", False) and not self.off:
-            raise ValueError("LUVC cannot run under gradient checkpointing; disable it, or detach() to train")
-        if cache is None and kwargs.get("use_cache", module.config.use_cache) and not self.off:
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
-        if cache is not None and not self.off:
-            self._adopt(cache)
+        if not self.off:
+            if mask is not None and mask.ndim != 2:
+                raise ValueError(f"attention_mask of shape {tuple(mask.shape)} must be 2-D, one for padding")
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
+            if cache is None and kwargs.get("use_cache", module.config.use_cache):
+                cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+            if cache is not None:
+                self._adopt(cache)
         B, S = embeds.shape[:2]
-        start = cache.get_seq_length() if cache is not None else 0
-        every = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
-        # A single token is one that was just generated: nothing to look for, and no reason to wait for the device.
-        visual = ids.to(embeds.device) == self.layout.image_token if ids is not None and S > 1 else ~every
-        real = mask[:, -S:].to(embeds.device, torch.bool) if mask is not None and mask.ndim == 2 and S > 1 else every
-        alive = (embeds != 0).any(-1) if self.plan and S > 1 else every
-        if S > 1:
-            self._now = Positions(visual, real, alive, self.layout.slots, self.fractions, start)
-            self._prefill, self._past = self._now, []
-        else:
-            self._now = None
-        self._kv = {}
+        if S > 1:  # a single token was just generated: no picture, no padding, no need to wait for the device
+            every = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
+            self._now = self._prefill = Positions(
+                visual=ids.to(embeds.device) == self.layout.image_token if ids is not None else ~every,
+                real=every if mask is None or mask.ndim != 2 else mask[:, -S:].to(embeds.device, torch.bool),
+                alive=(embeds != 0).any(-1) if self.merges else every,
+                slots=self.layout.slots,
+                fractions=self.fractions,
+                start=cache.get_seq_length() if cache is not None else 0,
+            )
+            self._past = []
         return args, kwargs
 
     def _adopt(self, cache) -> None:
-        if all(isinstance(layer, PrunedLayer) for layer in cache.layers) and cache.layers:
+        """Make the cache count logical positions: its layers change, so the caller's object keeps working."""
+        if cache.layers and all(isinstance(layer, PrunedLayer) for layer in cache.layers):
             return
         kinds = {type(layer).__name__ for layer in cache.layers}
         if not isinstance(cache, DynamicCache) or kinds - {"DynamicLayer"}:
-            raise ValueError(
-                f"a KV cache of {type(cache).__name__} {sorted(kinds)} is not supported; use a DynamicCache (the default)"
-            )
+            kind = f"{type(cache).__name__} of {sorted(kinds)}"
+            raise ValueError(f"the KV cache, a {kind}, is not supported; use a DynamicCache, the default")
         if cache.get_seq_length():
-            raise ValueError("this KV cache was filled without LUVC; start the conversation with LUVC attached")
-        # The layers change, not the cache: the caller's object keeps working, whether he reads it or the output's.
-        cache.layers = [PrunedLayer() for _ in self.layout.layers]
+            raise ValueError("this KV cache was filled without LUVC; begin anew with LUVC attached")
+        cache.layers = [PrunedLayer() for _ in self.layout.decoder.layers]
 
     def _run_layer(self, number: int, plain: Callable, hidden: Tensor, *args, **kwargs) -> Tensor:
-        """Gather, run, scatter: `plain` is the layer's own forward."""
-        cache = kwargs.get("past_key_values")
-        now, store = self._now, cache.layers[number] if cache is not None and not self.off else None
+        """Gather, run, scatter. `plain` is the layer's own forward, `hidden` (B, S, C) is logical."""
+        now, cache = self._now, kwargs.get("past_key_values")
+        store = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         index = now.select(hidden, self.config.prune) if now is not None else None
         if now is not None:
-            self._past.append(store.stored() if store is not None else 0)
+            self._past.append(stored(store) if store is not None else 0)
         if self.off:
             output = plain(hidden, *args, **kwargs)
         elif index is None:
@@ -878,55 +886,52 @@ class LUVC:
             output = plain(hidden, *args, **kwargs)
         else:
             B, S, _ = hidden.shape
-            index = index.to(hidden.device)
             rows = torch.arange(B, device=hidden.device)[:, None]
-            padded = nn.functional.pad(hidden, (0, 0, 0, 1))  # fillers read and write the extra row at the end
+            padded = nn.functional.pad(hidden, (0, 0, 0, 1))  # fillers read and write a spare row at the end
             x = padded[rows, index]  # (B, S, C) -> (B, K, C)
-            kwargs["attention_mask"] = self._mask(x, store, real=index < S if now.ragged else None)
-            # Rotary positions stay those of the logical sequence. position_ids would tell FlashAttention, by their
-            # gaps, that several sequences are packed into one.
+            kwargs["attention_mask"] = self._mask(x, store, real=index < S if now.ragged() else None)
+            # Rotary positions stay those of the logical sequence. position_ids go: FlashAttention would take
+            # the gaps in them for the seams of several sequences packed into one.
             at = index.clamp(max=S - 1)
-            kwargs["position_embeddings"] = tuple(
-                t.to(hidden.device).expand(B, -1, -1)[rows, at] for t in kwargs["position_embeddings"]
-            )
-            kwargs["position_ids"] = None
+            cos_sin = (t.to(hidden.device).expand(B, -1, -1) for t in kwargs["position_embeddings"])
+            kwargs |= {"position_embeddings": tuple(t[rows, at] for t in cos_sin), "position_ids": None}
             padded[rows, index] = plain(x, *args, **kwargs).to(hidden.device)
             output = padded[:, :S]
-        if cache is not None and cache.layers[number].is_initialized:
+        if cache is not None:
             layer = cache.layers[number]
-            stored = layer.keys.nbytes + layer.values.nbytes
-            columns = max(1, layer.keys.shape[-2])
-            self._kv[number] = stored, stored // columns * layer.get_seq_length()
+            held = layer.keys.nbytes + layer.values.nbytes
+            self._kv[number] = held, held // stored(layer) * layer.get_seq_length()
         return output
 
     def _mask(self, x: Tensor, store: PrunedLayer | None, real: Tensor | None) -> Tensor | None:
         """The attention mask of one layer, as transformers makes it for the physical sequence.
 
-        That sequence is an ordinary causal one: what was stored, then `x`, in logical order. Fillers stand at the end
-        of `x`, where causality hides them from every real position, so a first prefill needs no mask even in a batch
-        of different lengths; they have to be masked only once something follows them.
+        That sequence is an ordinary causal one: what was stored, then `x`, in logical order. Fillers stand at
+            the
+        end of `x`, where causality hides them from all real positions, so a first prefill needs no mask, even
+        of samples of different lengths. They have to be masked only once something follows them.
         """
-        config, Q = self.layout.decoder.config, x.shape[1]
-        past = store.stored() if store is not None else 0
-        columns = store.real if store is not None else None  # before this call: fillers of earlier ones
+        Q, past, hide = x.shape[1], 0, None
         if store is not None:
-            every = store.extend(Q, self._now.S if self._now is not None else Q, real)
-            columns = every if columns is not None else None
-        if Q == 1 and columns is None:
+            past, fillers_before = stored(store), store.real is not None
+            store.extend(Q, self._now.S if self._now is not None else Q, real)
+            hide = store.real if fillers_before else None
+        if Q == 1 and hide is None:
             return None
-        make = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
-        return make(
-            batch_size=len(x), q_length=Q, kv_length=past + Q, q_offset=past, kv_offset=0, dtype=x.dtype,
-            mask_function=causal_mask_function, attention_mask=columns, allow_is_causal_skip=columns is None,
-            device=x.device, config=config, use_vmap=False,
-        )  # fmt: skip
+        config = self.layout.decoder.config
+        return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+            batch_size=len(x), q_length=Q, kv_length=past + Q, q_offset=past, kv_offset=0,
+            mask_function=causal_mask_function, attention_mask=hide, allow_is_causal_skip=hide is None,
+            dtype=x.dtype, device=x.device, config=config, use_vmap=False,
+        )
 
     # -- what happened
 
     @property
     def kept(self) -> list[list[Tensor]]:
-        """`kept[layer][sample]`: 1-D int64, ascending, the logical positions that this decoder layer processed in the
-        latest prefill; padding is not among them. Positions count from the beginning of the KV cache.
+        """`kept[layer][sample]`: 1-D int64, ascending, the logical positions that this decoder layer
+        processed in the latest prefill; padding is not among them. Positions count from the beginning of the
+        KV cache.
 
         Raises:
             ValueError: there was no prefill yet.
@@ -936,36 +941,37 @@ class LUVC:
         return self._prefill.kept()
 
     def report(self) -> Report:
-        """Numbers of the latest prefill, and of the KV cache after the latest forward; see `Report`.
+        """Numbers of the latest prefill, and of the KV cache after the latest forward call; see `Report`.
 
         Raises:
             ValueError: there was no prefill yet.
         """
         if self._prefill is None:
             raise ValueError("nothing was prefilled yet: call the model with LUVC attached first")
-        layout, now, grid, vision = self.layout, self._prefill, self.layout.H * self.layout.W, []
+        layout, now, vision = self.layout, self._prefill, []
+        grid = layout.H * layout.W
         for block in range(len(layout.blocks)):
             if block in self.merges:
-                grid = self.merges[block][1] * self.merges[block][2]
+                grid = math.prod(self.merges[block][1:])
             vision.append(grid)
+
+        def flops(layer, n, p):
+            weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
+            width = layout.decoder.config.num_attention_heads * layer.self_attn.head_dim
+            return 2 * weights * n + 4 * width * (n * p + n * (n + 1) / 2)
+
         plain = [text + pictures * now.slots for text, pictures in zip(now.texts, now.pictures, strict=True)]
         left = whole = 0.0
-        for layer, visual, past in zip(layout.layers, now.visual, self._past, strict=True):
-            weights = sum(m.weight.shape[0] * m.weight.shape[1] for m in layer.modules() if isinstance(m, nn.Linear))
-            width = layout.decoder.config.num_attention_heads * layer.self_attn.head_dim
-
-            def flops(n, p, weights=weights, width=width):
-                return 2 * weights * n + 4 * width * (n * p + n * (n + 1) / 2)
-
-            left += sum(flops(text + v, past) for text, v in zip(now.texts, visual, strict=True))
-            whole += sum(flops(n, now.start) for n in plain)
+        for layer, visual, past in zip(layout.decoder.layers, now.visual, self._past, strict=True):
+            left += sum(flops(layer, text + v, past) for text, v in zip(now.texts, visual, strict=True))
+            whole += sum(flops(layer, n, now.start) for n in plain)
         return Report(
             vision_tokens=vision,
             visual_tokens=[sum(visual) for visual in now.visual],
             positions=[sum(visual) + sum(now.texts) for visual in now.visual],
             visual_full=sum(now.pictures) * now.slots,
             positions_full=sum(plain),
-            kv_bytes=sum(stored for stored, _ in self._kv.values()),
+            kv_bytes=sum(held for held, _ in self._kv.values()),
             kv_bytes_full=sum(full for _, full in self._kv.values()),
             flops_left=left / whole,
         )
@@ -979,68 +985,67 @@ HERE = Path(__file__).resolve().parent
 EXAMPLE_PROMPT = "what colour is the striped thing?"
 
 
-class UsageError(Exception):
-    """A mistake of the caller's that the command line reports in one line."""
-
-
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(message)
+        raise ValueError(message)
 
 
-def parse_keep(text: str) -> float | tuple[float, ...]:
-    numbers = tuple(float(part) for part in text.split(","))
-    return numbers[0] if len(numbers) == 1 else numbers
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    def keep(text: str) -> float | tuple[float, ...]:
+        numbers = tuple(float(part) for part in text.split(","))
+        return numbers[0] if len(numbers) == 1 else numbers
 
-
-def make_parser() -> argparse.ArgumentParser:
     default = LUVCConfig()
     parser = OneLineParser(prog="luvc.py", description="Ask a VLM about a picture, with and without LUVC.")
-    parser.add_argument("--model", default="toy", help="folder or hub name; default: the toy beside this file")
-    parser.add_argument("--image", help="picture file; default: the toy's example picture")
-    parser.add_argument("--prompt", default=EXAMPLE_PROMPT, help="default: %(default)r")
-    parser.add_argument("--vision-keep", type=float, default=default.vision_keep, metavar="F",
-                        help="fraction of the grid that leaves the encoder; default %(default)s, 1 turns OIM off")  # fmt: skip
-    parser.add_argument("--llm-keep", type=parse_keep, default=None, metavar="F|F,F,...",
-                        help="fraction of visual tokens per decoder layer; default linear to 0, 1 turns SPU off")  # fmt: skip
-    parser.add_argument("--cutoff", type=float, default=default.cutoff, help="of the low-pass filter; default %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...; default %(default)s")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--attn", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    return parser
+    add = parser.add_argument
+    add("--model", default="toy", help="checkpoint folder or hub name (default: the toy beside this file)")
+    add("--image", help="picture file (default: the toy's example)")
+    add("--prompt", default=EXAMPLE_PROMPT, help="(default: %(default)r)")
+    add("--vision-keep", type=float, default=default.vision_keep, metavar="F", help="as in LUVCConfig")
+    add("--llm-keep", type=keep, default=default.llm_keep, metavar="F|F,F,...", help="as in LUVCConfig")
+    add("--cutoff", type=float, default=default.cutoff, metavar="F", help="as in LUVCConfig")
+    add("--max-new-tokens", type=int, default=16, metavar="N")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--attn", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
+    add("--json", action="store_true", help="print one JSON object instead")
+    return parser.parse_args(argv)
 
 
-def load(name: str, device: str, dtype: str, attn: str):
-    """(model, processor) of a checkpoint folder or hub name; only safetensors, never code from the checkpoint."""
+def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
+    """(model, processor) of a checkpoint folder or hub name; only safetensors, never code from the
+    checkpoint.
+
+    Raises:
+        ValueError: a device, an attention or a checkpoint that is not there.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import is_flash_attn_2_available
 
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise UsageError(f"--device {device}: no such device") from error
+        raise ValueError(f"--device {device}: no such device") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+        raise ValueError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
     if attn == "flash_attention_2" and not is_flash_attn_2_available():
-        raise UsageError("--attn flash_attention_2: flash-attn is not installed (see requirements.txt); use --attn sdpa")
+        raise ValueError("--attn flash_attention_2: flash-attn is not installed (see requirements.txt)")
     path = HERE / "toy" if name == "toy" else Path(name)
     if path.is_dir() and not (path / "config.json").exists():
-        raise UsageError(f"--model {name}: the folder holds no checkpoint (no config.json)")
+        raise ValueError(f"--model {name}: the folder holds no checkpoint (no config.json)")
+    where = path if path.is_dir() else name
     try:
-        processor = AutoProcessor.from_pretrained(path if path.is_dir() else name, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(
-            path if path.is_dir() else name, dtype=dtype, attn_implementation=attn,
-            use_safetensors=True, trust_remote_code=False,
-        )  # fmt: skip
+            where, dtype=dtype, attn_implementation=attn, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        raise UsageError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
     return model.to(device).eval(), processor
 
 
 def encode(processor, picture, prompt: str):
-    """Model inputs for one picture and one question, through the chat template where the processor has one."""
+    """Model inputs for one picture and one question, through the processor's chat template if it has one."""
     text = f"<image>\n{prompt}"
     if getattr(processor, "chat_template", None):
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -1049,7 +1054,7 @@ def encode(processor, picture, prompt: str):
 
 
 @torch.inference_mode()
-def time_once(model, inputs, tokens: int) -> tuple[float, float]:
+def time_once(model, inputs, tokens: int = 4) -> tuple[float, float]:
     """(milliseconds of one prefill, vision encoder included; milliseconds per decoded token), greedy."""
 
     def now():
@@ -1061,24 +1066,25 @@ def time_once(model, inputs, tokens: int) -> tuple[float, float]:
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     prefill, start = now() - start, now()
     for _ in range(tokens):
-        ids = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
     return prefill, (now() - start) / tokens
 
 
-def run(args) -> dict:
-    """What the command line prints: both answers, and what they cost."""
-    from PIL import Image, UnidentifiedImageError
+def ask(args: argparse.Namespace) -> tuple[dict, str]:
+    """One question with and without LUVC: (the object that --json prints, the same as text)."""
+    from PIL import Image
 
     if args.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
     config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep, cutoff=args.cutoff)
-    file = args.image or HERE / "toy" / "example.png"
+    file = Path(args.image or HERE / "toy" / "example.png")
+    if not file.exists():
+        raise ValueError(f"--image {file}: no such file")
     try:
         picture = Image.open(file).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
-        raise UsageError(f"--image {file}: {reason}") from error
+    except OSError as error:
+        raise ValueError(f"--image {file}: not a picture that can be read") from error
     print(f"loading {args.model} ...", file=sys.stderr)
     model, processor = load(args.model, args.device, args.dtype, args.attn)
     luvc = LUVC(model, config)
@@ -1093,42 +1099,47 @@ def run(args) -> dict:
         less = answer()
         report = luvc.report()
     print("timing, plain and LUVC in turns ...", file=sys.stderr)
-    plain_times, luvc_times = [], []
-    for repeat in range(9):
-        plain_times.append(time_once(model, inputs, 4))
+    times = []
+    for _ in range(9):
+        plain = time_once(model, inputs)
         with luvc:
-            luvc_times.append(time_once(model, inputs, 4))
-        if repeat < 2:  # warming up
-            plain_times.clear(), luvc_times.clear()
-    (prefill_full, token_full), (prefill_luvc, token_luvc) = (
-        map(statistics.median, zip(*times, strict=True)) for times in (plain_times, luvc_times)
+            times.append((*plain, *time_once(model, inputs)))
+    # The first two rounds warm up. Columns: prefill and per token, plain and LUVC.
+    medians = (statistics.median(column) for column in zip(*times[2:], strict=True))
+    plain_ms, plain_token, luvc_ms, luvc_token = medians
+    result = {
+        "model": args.model,
+        "prompt": args.prompt,
+        "answer_full": full,
+        "answer_luvc": less,
+        "same_answer": full == less,
+        "vision_tokens": report.vision_tokens,
+        "visual_tokens": report.visual_tokens,
+        "positions": report.positions,
+        "prefill_ms_full": plain_ms,
+        "prefill_ms_luvc": luvc_ms,
+        "speedup": plain_ms / luvc_ms,
+        "kv_bytes_full": report.kv_bytes_full,
+        "kv_bytes_luvc": report.kv_bytes,
+        "flops_left": report.flops_left,
+    }
+    text = (
+        f"{args.prompt}\n  plain: {full}\n  LUVC:  {less}\n\n{report}\n"
+        f"prefill {plain_ms:.1f} -> {luvc_ms:.1f} ms ({plain_ms / luvc_ms:.2f}x), vision encoder included; "
+        f"per decoded token {plain_token:.1f} -> {luvc_token:.1f} ms; {model.device}, {model.dtype}"
     )
-    return {
-        "model": args.model, "prompt": args.prompt, "answer_full": full, "answer_luvc": less,
-        "same_answer": full == less, "vision_tokens": report.vision_tokens, "visual_tokens": report.visual_tokens,
-        "positions": report.positions, "prefill_ms_full": prefill_full, "prefill_ms_luvc": prefill_luvc,
-        "speedup": prefill_full / prefill_luvc, "kv_bytes_full": report.kv_bytes_full,
-        "kv_bytes_luvc": report.kv_bytes, "flops_left": report.flops_left,
-        "token_ms_full": token_full, "token_ms_luvc": token_luvc, "report": report,
-    }  # fmt: skip
+    return result, text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 after one line about what was wrong."""
     try:
-        args = make_parser().parse_args(argv)
-        result = run(args)
-    except (UsageError, ValueError) as error:
+        args = parse_arguments(argv)
+        result, text = ask(args)
+    except ValueError as error:
         print(f"luvc.py: error: {error}", file=sys.stderr)
         return 2
-    report, token_full, token_luvc = (result.pop(k) for k in ("report", "token_ms_full", "token_ms_luvc"))
-    if args.json:
-        print(json.dumps(result))
-        return 0
-    print(f"{args.prompt}\n  plain: {result['answer_full']}\n  LUVC:  {result['answer_luvc']}\n\n{report}")
-    print(
-        f"prefill {result['prefill_ms_full']:.1f} -> {result['prefill_ms_luvc']:.1f} ms, encoder included "
-        f"({result['speedup']:.2f}x); per decoded token {token_full:.1f} -> {token_luvc:.1f} ms ({args.device})"
-    )
+    print(json.dumps(result) if args.json else text)
     return 0
 
 

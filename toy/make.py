@@ -190,9 +190,9 @@ def make_model(tokenizer, width=64, layers=12, vision_layers=4, pixels=PIXELS):
 def encode_turns(tokenizer, asked, patches):
     """Several turns about one picture -> (ids, labels). A label stands where the answer's word is predicted.
 
-    Two words carry the answer: the one that names the subject ("striped") and "ASSISTANT:". The first is only a
-    crutch, but with it the model learns within minutes what otherwise takes hours: there the question ends as far
-    as the picture is concerned, and copying the answer to the end of the line is easy.
+    The answer is asked for twice: behind "ASSISTANT:", and as a crutch already at the word that names the subject
+    ("striped") and, where the answer has two words, at the one behind it. There the question ends as far as the
+    picture is concerned; copying the answer to the end of the line is then easy. Without it learning takes hours.
     """
     image = tokenizer.convert_tokens_to_ids("<image>")
     ids = [tokenizer.convert_tokens_to_ids("USER:")] + [image] * patches
@@ -204,7 +204,10 @@ def encode_turns(tokenizer, asked, patches):
             ids, labels, crutch = ids + [tokenizer.convert_tokens_to_ids("USER:")], labels + [-100], crutch + [-100]
         ids += q + a
         labels += [-100] * (len(q) - 1) + a + [-100]
-        crutch += [a[0] if t == tokenizer.convert_tokens_to_ids(subject) else -100 for t in q] + [-100] * len(a)
+        hint = [-100] * (len(q) + len(a))
+        at = q.index(tokenizer.convert_tokens_to_ids(subject))
+        hint[at : at + len(a) - 1] = a[:-1]
+        crutch += hint
     return ids, labels, crutch
 
 
