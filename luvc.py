@@ -679,13 +679,15 @@ class Report:
             rows = (f"  {i:3d} {n:6d} {'#' * round(40 * n / max(full, 1))}" for i, n in enumerate(numbers))
             return "\n".join([f"{title} (at most {full})", *rows])
 
-        return "\n".join([
-            bars("vision tokens of one picture, per block", self.vision_tokens, max(self.vision_tokens)),
-            bars("visual tokens, per decoder layer", self.visual_tokens, self.visual_full),
-            bars("all positions, per decoder layer", self.positions, self.positions_full),
-            f"KV cache {self.kv_bytes:,} bytes, plain {self.kv_bytes_full:,}",
-            f"LLM prefill FLOPs left {self.flops_left:.1%}",
-        ])
+        return "\n".join(
+            [
+                bars("vision tokens of one picture, per block", self.vision_tokens, max(self.vision_tokens)),
+                bars("visual tokens, per decoder layer", self.visual_tokens, self.visual_full),
+                bars("all positions, per decoder layer", self.positions, self.positions_full),
+                f"KV cache {self.kv_bytes:,} bytes, plain {self.kv_bytes_full:,}",
+                f"LLM prefill FLOPs left {self.flops_left:.1%}",
+            ]
+        )
 
 
 class LUVC:
@@ -721,14 +723,14 @@ class LUVC:
         plan = merge_plan(layout.H, layout.W, config.vision_keep, config.vision_steps)
         if len(plan) > layout.used_blocks:
             most = layout.used_blocks
-            raise ValueError(f"vision_steps={config.vision_steps} must be at most {most}, one per encoder block")
+            raise ValueError(f"vision_steps={config.vision_steps} must be at most {most}, one per block")
         # Our choice: the merges are spread evenly over the blocks. Block -> (axis, H, W) after merging before
         # it.
         self.merges = {(i + 1) * layout.used_blocks // (len(plan) + 1): step for i, step in enumerate(plan)}
         self.off = not self.merges and all(fraction == 1 for fraction in self.fractions)
         self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
         self._ids: Tensor | None = None  # input_ids of the forward call that is running
-        self._grid: tuple[Tensor, Tensor] | None = None  # (size, token) of the pictures in the encoder
+        self._grid: tuple[Tensor, Tensor] | None = None  # (size, token) of the latest pictures in the encoder
         self._now: Positions | None = None  # the prefill that is running
         self._prefill: Positions | None = None  # the latest prefill
         self._past: list[int] = []  # columns that were stored before it, per layer
@@ -762,7 +764,7 @@ class LUVC:
         """Take the hooks out: the model is what it was before `attach`. Without effect if not attached."""
         for undo in self._undo:
             undo()
-        self._undo, self._ids, self._grid, self._now = [], None, None, None
+        self._undo, self._ids, self._now = [], None, None
         if getattr(self.model, "_luvc", None) is self:
             del self.model._luvc
 
@@ -920,9 +922,18 @@ class LUVC:
             return None
         config = self.layout.decoder.config
         return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
-            batch_size=len(x), q_length=Q, kv_length=past + Q, q_offset=past, kv_offset=0,
-            mask_function=causal_mask_function, attention_mask=hide, allow_is_causal_skip=hide is None,
-            dtype=x.dtype, device=x.device, config=config, use_vmap=False,
+            batch_size=len(x),
+            q_length=Q,
+            kv_length=past + Q,
+            q_offset=past,
+            kv_offset=0,
+            mask_function=causal_mask_function,
+            attention_mask=hide,
+            allow_is_causal_skip=hide is None,
+            dtype=x.dtype,
+            device=x.device,
+            config=config,
+            use_vmap=False,
         )
 
     # -- what happened
@@ -939,6 +950,18 @@ class LUVC:
         if self._prefill is None:
             raise ValueError("nothing was prefilled yet: call the model with LUVC attached first")
         return self._prefill.kept()
+
+    @property
+    def groups(self) -> Tensor:
+        """(pictures, H * W) int64: the merged token that each patch of the latest pictures is in, as `follow`
+        says.
+
+        Raises:
+            ValueError: nothing was merged yet, or the merger is off.
+        """
+        if self._grid is None:
+            raise ValueError("nothing was merged yet: call the model with a picture and vision_keep < 1")
+        return self._grid[1]
 
     def report(self) -> Report:
         """Numbers of the latest prefill, and of the KV cache after the latest forward call; see `Report`.

@@ -1,12 +1,13 @@
-"""Near-lossless, measured: the toy with and without LUVC, and with other ways to choose the same number of tokens.
+"""Near-lossless, measured: the toy with and without LUVC, and with other ways to choose the same number of
+tokens.
 
     python toy/compare.py                 # the table of the README: 1,040 questions about 130 unseen scenes
     python toy/compare.py --scenes 20     # a quick look
 
-Columns: share of the questions answered right, word for word; share of the answers equal to the plain model's; KL
-divergence of the next word's distribution from the plain model's, in nats, averaged over the words of the plain
-answer up to the first that differs; share of the visual tokens that the decoder layers still process, of all visual
-tokens times all layers; visual tokens in the last layer.
+Columns: share of the questions answered right, word for word; share of the answers equal to the plain
+model's; KL divergence of the next word's distribution from the plain model's, in nats, averaged over the
+words of the plain answer up to the first that differs; share of the visual tokens that the decoder layers
+still process, of all visual tokens times all layers; visual tokens in the last layer.
 """
 
 import argparse
@@ -30,12 +31,13 @@ def held_out(scenes, first=0):
     for seed in range(first, first + scenes):
         _, picture, asked = draw_sample(seed)
         for kind, _, prompt, answer in asked:
-            item = {"scene": seed, "picture": Image.fromarray(picture), "kind": kind, "prompt": prompt, "answer": answer}
-            questions.append(item)
+            item = {"scene": seed, "kind": kind, "prompt": prompt, "answer": answer}
+            questions.append(item | {"picture": Image.fromarray(picture)})
     return questions
 
 
-# ---- Other ways to choose. Those that prune go into LUVCConfig(score=...), those that merge into merge=... --------
+# ---- Other ways to choose. Those that prune go into LUVCConfig(score=...), those that merge into merge=...
+# --------
 
 
 def random_tokens(seed):
@@ -43,7 +45,12 @@ def random_tokens(seed):
     generator = torch.Generator().manual_seed(seed)
 
     def choose(x, keep):
-        return torch.rand(x.shape[:2], generator=generator).topk(keep, dim=1).indices.sort(dim=1).values.to(x.device)
+        return (
+            torch.rand(x.shape[:2], generator=generator)
+            .topk(keep, dim=1)
+            .indices.sort(dim=1)
+            .values.to(x.device)
+        )
 
     return choose
 
@@ -76,10 +83,14 @@ METHODS = [
     ("SPU reversed (keeps what is smooth)", LUVCConfig(vision_keep=1.0, score="smooth")),
     ("SPU without bringing tokens to norm 1", LUVCConfig(vision_keep=1.0, normalize=False)),
     ("evenly spread in place of SPU", LUVCConfig(vision_keep=1.0, score=even_tokens)),
-    *[(f"random in place of SPU, seed {s}", LUVCConfig(vision_keep=1.0, score=random_tokens(s))) for s in range(3)],
+    *[
+        (f"random in place of SPU, seed {s}", LUVCConfig(vision_keep=1.0, score=random_tokens(s)))
+        for s in range(3)
+    ],
 ]
 
-# ---- Measuring ----------------------------------------------------------------------------------------------------
+# ---- Measuring
+# ----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -89,7 +100,9 @@ def answers(model, processor, questions, config, batch=16, words=3):
     for start in tqdm(range(0, len(questions), batch), file=sys.stderr, leave=False):
         part = questions[start : start + batch]
         prompts = [f"USER: <image>\n{q['prompt']} ASSISTANT:" for q in part]
-        inputs = processor(images=[q["picture"] for q in part], text=prompts, padding=True, return_tensors="pt")
+        inputs = processor(
+            images=[q["picture"] for q in part], text=prompts, padding=True, return_tensors="pt"
+        )
         inputs = inputs.to(model.device, model.dtype)
         ask = {"max_new_tokens": words, "min_new_tokens": words, "do_sample": False, "eos_token_id": None}
         ask |= {"output_logits": True, "return_dict_in_generate": True}
@@ -119,15 +132,20 @@ def compare(model, processor, questions, methods=METHODS):
         before = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], dim=1)
         comparable = (before == 1) & (plain[1] != processor.tokenizer.eos_token_id)
         kl = (plain[2].exp() * (plain[2] - logs)).sum(-1)[comparable].mean().item()
-        left, last = 1.0, questions and 576
+        left, last = 1.0, LUVC(model).layout.slots
         if report is not None:
             left = sum(report.visual_tokens) / (report.visual_full * len(report.visual_tokens))
             last = report.visual_tokens[-1]
-        rows.append({
-            "name": name, "accuracy": sum(a == b for a, b in zip(texts, truth, strict=True)) / len(truth),
-            "agreement": sum(a == b for a, b in zip(texts, plain[0], strict=True)) / len(truth),
-            "kl": kl, "token_layers_left": left, "last_layer": last,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "accuracy": sum(a == b for a, b in zip(texts, truth, strict=True)) / len(truth),
+                "agreement": sum(a == b for a, b in zip(texts, plain[0], strict=True)) / len(truth),
+                "kl": kl,
+                "token_layers_left": left,
+                "last_layer": last,
+            }
+        )
         print(rows[-1], file=sys.stderr)
     return rows
 
@@ -140,10 +158,13 @@ def main():
     model, processor = load("toy", args.device, "float32", "sdpa")
     questions = held_out(args.scenes)
     print(f"{len(questions)} questions about {args.scenes} unseen scenes, {args.device}, float32\n")
-    print("| | right | same answer | KL (nats) | visual token-layers left | in the last layer |\n|---|---|---|---|---|---|")
+    print("| | right | same answer | KL (nats) | visual token-layers left | in the last layer |")
+    print("|---|---|---|---|---|---|")
     for row in compare(model, processor, questions):
-        print(f"| {row['name']} | {row['accuracy']:.1%} | {row['agreement']:.1%} | {row['kl']:.4f} "
-              f"| {row['token_layers_left']:.0%} | {row['last_layer']} |")  # fmt: skip
+        print(
+            f"| {row['name']} | {row['accuracy']:.1%} | {row['agreement']:.1%} | {row['kl']:.4f} "
+            f"| {row['token_layers_left']:.0%} | {row['last_layer']} |"
+        )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python toy/make.py --check 1000   # accuracy of the saved checkpoint on unseen scenes, by kind of question
 
 Tests, notebook and the default command must run offline, and random weights cannot show "near-lossless". So
-this file makes the smallest model that can: it sees pictures of textured, coloured rectangles on a shaded, noisy
-background and answers questions of four kinds in words. It is trained *without* LUVC and not tuned to it. The
-result loads through `AutoProcessor` and `AutoModelForImageTextToText`, the code path of every real model.
+this file makes the smallest model that can: it sees pictures of textured, coloured rectangles on a shaded,
+noisy background and answers questions of four kinds in words. It is trained *without* LUVC and not tuned to
+it. The result loads through `AutoProcessor` and `AutoModelForImageTextToText`, the code path of every real
+model.
 
 Seeds below `HELD_OUT` draw the unseen scenes that tests and tables use; training draws from seeds above it.
 """
@@ -27,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network
 
 HERE = Path(__file__).resolve().parent
 HELD_OUT = 1_000_000
+EXAMPLE = 58  # seed of example.png
 
 # --------------------------------------------------------------------------------------------------
 # 1. Scenes and questions
@@ -36,9 +38,13 @@ PIXELS, PATCH = 192, 8  # 24 x 24 = 576 patches, the grid of LLaVA-1.5
 CELLS = 3  # objects sit in a 3 x 3 layout, so that "top left" is never a matter of taste
 
 COLOURS = {
-    "red": (205, 50, 50), "green": (55, 165, 70), "blue": (55, 85, 205),
-    "yellow": (225, 200, 55), "purple": (145, 60, 170), "cyan": (60, 190, 200),
-}  # fmt: skip
+    "red": (205, 50, 50),
+    "green": (55, 165, 70),
+    "blue": (55, 85, 205),
+    "yellow": (225, 200, 55),
+    "purple": (145, 60, 170),
+    "cyan": (60, 190, 200),
+}
 TEXTURES = ("plain", "striped", "barred", "dotted", "checked")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -48,16 +54,24 @@ KINDS = ("colour", "texture", "place", "count")
 def scene(rng, pixels=PIXELS):
     """Two to six things in different cells: dicts with colour, texture, row, col and box (y, x, height, width)."""
     things, cell_size = [], pixels // CELLS
-    palette, cloths = rng.permutation(list(COLOURS))[:4], rng.permutation(TEXTURES)[:4]  # so that counts exceed one
+    palette, cloths = (
+        rng.permutation(list(COLOURS))[:4],
+        rng.permutation(TEXTURES)[:4],
+    )  # so that counts exceed one
     for cell in rng.permutation(CELLS * CELLS)[: rng.integers(2, 7)]:
         row, col = divmod(int(cell), CELLS)
         height, width = rng.integers(cell_size * 2 // 5, cell_size - 11, 2)
         y = row * cell_size + rng.integers(4, cell_size - 4 - height + 1)
         x = col * cell_size + rng.integers(4, cell_size - 4 - width + 1)
-        things.append({
-            "colour": str(rng.choice(palette)), "texture": str(rng.choice(cloths)),
-            "row": row, "col": col, "box": (int(y), int(x), int(height), int(width)),
-        })  # fmt: skip
+        things.append(
+            {
+                "colour": str(rng.choice(palette)),
+                "texture": str(rng.choice(cloths)),
+                "row": row,
+                "col": col,
+                "box": (int(y), int(x), int(height), int(width)),
+            }
+        )
     return things
 
 
@@ -73,9 +87,12 @@ def draw(rng, things, pixels=PIXELS):
         period, phase = rng.integers(7, 11), rng.integers(0, 10)
         wave_y, wave_x = (v + phase) % period < period / 2, (u + phase) % period < period / 2
         light = {
-            "plain": np.ones_like(wave_x), "striped": wave_x, "barred": wave_y,
-            "dotted": ~(wave_x & wave_y), "checked": wave_x ^ wave_y,
-        }[thing["texture"]]  # fmt: skip
+            "plain": np.ones_like(wave_x),
+            "striped": wave_x,
+            "barred": wave_y,
+            "dotted": ~(wave_x & wave_y),
+            "checked": wave_x ^ wave_y,
+        }[thing["texture"]]
         colour = np.array(COLOURS[thing["colour"]], np.float32) + rng.uniform(-12, 12, 3)
         picture[y : y + height, x : x + width] = np.where(light[..., None], colour, colour * 0.45)
     picture += rng.normal(0, 7, picture.shape)
@@ -141,44 +158,78 @@ def make_processor():
     words = "what is the thing things where how many are there colour texture ? ."
     words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:", *words.split()]
     words += [*COLOURS, *TEXTURES, *ROWS, *COLUMNS, *NUMBERS]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
     )
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins words with spaces
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        padding_side="left", model_max_length=4096, additional_special_tokens=["<image>", "USER:", "ASSISTANT:"],
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        model_max_length=4096,
+        additional_special_tokens=["<image>", "USER:", "ASSISTANT:"],
+    )
     images = CLIPImageProcessor(
-        size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS},
-        image_mean=[0.5] * 3, image_std=[0.25] * 3,
-    )  # fmt: skip
+        size={"shortest_edge": PIXELS},
+        crop_size={"height": PIXELS, "width": PIXELS},
+        image_mean=[0.5] * 3,
+        image_std=[0.25] * 3,
+    )
     return LlavaProcessor(
-        image_processor=images, tokenizer=fast, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
+        image_processor=images,
+        tokenizer=fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def make_model(tokenizer, width=64, layers=12, vision_layers=4, pixels=PIXELS):
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=vision_layers, num_attention_heads=width // 32,
-        image_size=pixels, patch_size=PATCH, projection_dim=width, initializer_range=0.05,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=width // 32,
+        image_size=pixels,
+        patch_size=PATCH,
+        projection_dim=width,
+        initializer_range=0.05,
+    )
     text = LlamaConfig(
-        hidden_size=width, intermediate_size=8 * width // 3 // 32 * 32, num_hidden_layers=layers, head_dim=32,
-        num_attention_heads=width // 32, num_key_value_heads=width // 32, vocab_size=len(tokenizer),
-        max_position_embeddings=4096, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        # The default of 0.02 is meant for widths of thousands: at 64 the attention starts out flat and stays so.
-        initializer_range=0.1, tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=8 * width // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        head_dim=32,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        # The default of 0.02 is meant for widths of thousands: at 64 the attention starts out flat and stays
+        # so.
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(pixels // PATCH) ** 2, vision_feature_layer=-1, vision_feature_select_strategy="default",
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(pixels // PATCH) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
     return LlavaForConditionalGeneration(config)
 
 
@@ -190,9 +241,11 @@ def make_model(tokenizer, width=64, layers=12, vision_layers=4, pixels=PIXELS):
 def encode_turns(tokenizer, asked, patches):
     """Several turns about one picture -> (ids, labels). A label stands where the answer's word is predicted.
 
-    The answer is asked for twice: behind "ASSISTANT:", and as a crutch already at the word that names the subject
-    ("striped") and, where the answer has two words, at the one behind it. There the question ends as far as the
-    picture is concerned; copying the answer to the end of the line is then easy. Without it learning takes hours.
+    The answer is asked for twice: behind "ASSISTANT:", and as a crutch already at the word that names the
+        subject
+    ("striped") and, where the answer has two words, at the one behind it. There the question ends as far as
+    the picture is concerned; copying the answer to the end of the line is then easy. Without it learning
+    takes hours.
     """
     image = tokenizer.convert_tokens_to_ids("<image>")
     ids = [tokenizer.convert_tokens_to_ids("USER:")] + [image] * patches
@@ -201,7 +254,11 @@ def encode_turns(tokenizer, asked, patches):
         q = tokenizer.convert_tokens_to_ids([*question.replace("?", " ?").split(), "ASSISTANT:"])
         a = tokenizer.convert_tokens_to_ids([*answer.split(), "</s>"])
         if turn:
-            ids, labels, crutch = ids + [tokenizer.convert_tokens_to_ids("USER:")], labels + [-100], crutch + [-100]
+            ids, labels, crutch = (
+                [*ids, tokenizer.convert_tokens_to_ids("USER:")],
+                [*labels, -100],
+                [*crutch, -100],
+            )
         ids += q + a
         labels += [-100] * (len(q) - 1) + a + [-100]
         hint = [-100] * (len(q) + len(a))
@@ -212,10 +269,13 @@ def encode_turns(tokenizer, asked, patches):
 
 
 def patch_targets(things, pixels):
-    """What every patch shows, (patches, 3): texture and colour of the thing at its middle, is it a thing's middle."""
+    """What every patch shows and where it is, (patches, 5): texture and colour of the thing at its middle,
+    whether it is the middle of a thing, and the third of the picture it lies in, by rows and by columns."""
     grid = pixels // PATCH
-    target = np.zeros((grid, grid, 3), np.int64)
+    target = np.zeros((grid, grid, 5), np.int64)
     middle = np.arange(grid) * PATCH + PATCH / 2
+    target[..., 3] = (middle * CELLS // pixels)[:, None]
+    target[..., 4] = middle * CELLS // pixels
     for thing in things:
         y, x, height, width = thing["box"]
         rows = np.nonzero((middle >= y) & (middle < y + height))[0]
@@ -223,14 +283,20 @@ def patch_targets(things, pixels):
         target[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1, 0] = 1 + TEXTURES.index(thing["texture"])
         target[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1, 1] = 1 + list(COLOURS).index(thing["colour"])
         target[int((y + height / 2) // PATCH), int((x + width / 2) // PATCH), 2] = 1
-    return target.reshape(grid * grid, 3)
+    return target.reshape(grid * grid, 5)
 
 
 class Scenes(torch.utils.data.Dataset):
     """Training scenes; item i is seed `first` + i."""
 
     def __init__(self, tokenizer, first, size, number, pixels):
-        self.tokenizer, self.first, self.size, self.number, self.pixels = tokenizer, first, size, number, pixels
+        self.tokenizer, self.first, self.size, self.number, self.pixels = (
+            tokenizer,
+            first,
+            size,
+            number,
+            pixels,
+        )
 
     def __len__(self):
         return self.size
@@ -238,7 +304,13 @@ class Scenes(torch.utils.data.Dataset):
     def __getitem__(self, index):
         things, picture, asked = draw_sample(self.first + index, self.number, self.pixels)
         ids, labels, crutch = encode_turns(self.tokenizer, asked, (self.pixels // PATCH) ** 2)
-        return torch.from_numpy(picture), ids, labels, crutch, torch.from_numpy(patch_targets(things, self.pixels))
+        return (
+            torch.from_numpy(picture),
+            ids,
+            labels,
+            crutch,
+            torch.from_numpy(patch_targets(things, self.pixels)),
+        )
 
     def collate(self, items):
         pictures, ids, labels, crutch, patches = zip(*items, strict=True)
@@ -275,8 +347,8 @@ def train(stages, batch, width, number, rate, device, save=None, seed=0):
     torch.manual_seed(seed)
     processor = make_processor()
     model = make_model(processor.tokenizer, width, pixels=stages[0][0])
-    # What each patch shows is told to the encoder directly; the three heads are thrown away afterwards.
-    parts = [len(TEXTURES) + 1, len(COLOURS) + 1, 2]
+    # What each patch shows and where it is the encoder learns directly; the heads are thrown away afterwards.
+    parts = [len(TEXTURES) + 1, len(COLOURS) + 1, 2, CELLS, CELLS]
     heads = torch.nn.Linear(width, sum(parts)).to(device)
     weight = torch.tensor([1.0, 20.0], device=device)  # one patch in a hundred is the middle of a thing
     total, done, start, right = sum(steps for _, steps in stages), 0, time.time(), None
@@ -294,18 +366,28 @@ def train(stages, batch, width, number, rate, device, save=None, seed=0):
         scenes = Scenes(processor.tokenizer, HELD_OUT + done * batch, steps * batch, number, pixels)
         loader = torch.utils.data.DataLoader(scenes, batch, collate_fn=scenes.collate, num_workers=1)
         for step, items in enumerate(loader):
-            warm = min(1.0, (step + 1) / 150)  # each stage warms up its optimiser; one cosine spans all stages
+            warm = min(
+                1.0, (step + 1) / 150
+            )  # each stage warms up its optimiser; one cosine spans all stages
             for optimiser in optimisers:
-                optimiser.param_groups[0]["lr"] = rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done / total)))
+                optimiser.param_groups[0]["lr"] = (
+                    rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done / total)))
+                )
             pixel_values, ids, labels, crutch, patches = (t.to(device) for t in items)
             text = 1 + (pixels // PATCH) ** 2  # logits are only needed where there are words
-            out = model(input_ids=ids, pixel_values=pixel_values, use_cache=False, logits_to_keep=ids.shape[1] - text)
-            logits, labels, crutch = out.logits.flatten(0, 1), labels[:, text:].flatten(), crutch[:, text:].flatten()
+            out = model(
+                input_ids=ids, pixel_values=pixel_values, use_cache=False, logits_to_keep=ids.shape[1] - text
+            )
+            logits, labels, crutch = (
+                out.logits.flatten(0, 1),
+                labels[:, text:].flatten(),
+                crutch[:, text:].flatten(),
+            )
             answer = cross_entropy(logits, labels, ignore_index=-100)
             seen = heads(out.image_hidden_states.reshape(-1, width)).split(parts, dim=-1)
-            texture, colour, centre = patches.flatten(0, 1).unbind(-1)
-            shown = cross_entropy(seen[0], texture) + cross_entropy(seen[1], colour)
-            shown = shown + cross_entropy(seen[2], centre, weight=weight)
+            weights = [None, None, weight, None, None]
+            targets = zip(seen, patches.flatten(0, 1).unbind(-1), weights, strict=True)
+            shown = sum(cross_entropy(logit, target, weight=w) for logit, target, w in targets)
             fade = max(0.0, 1 - 1.25 * done / total)  # the end of the training is about the answers alone
             loss = answer + fade * (0.5 * cross_entropy(logits, crutch, ignore_index=-100) + 0.5 * shown)
             model.zero_grad(set_to_none=True)
@@ -316,7 +398,9 @@ def train(stages, batch, width, number, rate, device, save=None, seed=0):
                 optimiser.step()
             hit = (logits.argmax(-1) == labels)[labels != -100].float().mean().item()
             right = hit if right is None else 0.98 * right + 0.02 * hit
-            bar.set_postfix(loss=f"{answer.item():.3f}", patch=f"{shown.item():.2f}", right=f"{right:.3f}", refresh=False)
+            bar.set_postfix(
+                loss=f"{answer.item():.3f}", patch=f"{shown.item():.2f}", right=f"{right:.3f}", refresh=False
+            )
             bar.update()
             done += 1
             if save and done % 500 == 0:  # so that an interrupted run is not lost
@@ -335,22 +419,26 @@ def accuracy(model, processor, scenes, first=0, batch=25):
             _, picture, questions_here = draw_sample(seed)
             asked += [(kind, Image.fromarray(picture), q, a) for kind, _, q, a in questions_here[:4]]
         prompts = [f"USER: <image>\n{q} ASSISTANT:" for _, _, q, _ in asked]
-        inputs = processor(images=[i for _, i, _, _ in asked], text=prompts, padding=True, return_tensors="pt")
+        inputs = processor(
+            images=[i for _, i, _, _ in asked], text=prompts, padding=True, return_tensors="pt"
+        )
         out = model.generate(**inputs.to(model.device), max_new_tokens=4, do_sample=False)
         said = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for (kind, _, _, answer), text in zip(asked, said, strict=True):
             right.setdefault(kind, []).append(text.strip() == answer)
     total = [hit for hits in right.values() for hit in hits]
-    return {kind: float(np.mean(hits)) for kind, hits in sorted(right.items())} | {"all": float(np.mean(total))}
+    return {kind: float(np.mean(hits)) for kind, hits in sorted(right.items())} | {
+        "all": float(np.mean(total))
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", default="128:4000,192:1500", help="pixels:steps, small pictures first")
+    parser.add_argument("--stages", default="128:2000,192:900", help="pixels:steps, small pictures first")
     parser.add_argument("--batch", type=int, default=16, help="scenes per step")
     parser.add_argument("--questions", type=int, default=8, help="turns per scene")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--check", type=int, metavar="SCENES", help="only measure the saved checkpoint")
@@ -367,7 +455,10 @@ def main():
     )
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
-    print(f"trained stages {args.stages} with {args.batch} scenes a step in {seconds / 60:.0f} minutes, {args.device}")
+    sample(EXAMPLE)[0].save(args.out / "example.png", optimize=True)
+    print(
+        f"trained stages {args.stages} with {args.batch} scenes a step in {seconds / 60:.0f} minutes, {args.device}"
+    )
     print(json.dumps(accuracy(model, processor, 100)))
 
 
