@@ -16,8 +16,7 @@ Only the paper's abstract and short summaries were available to us. What it stat
 listed in README.md ("The ledger"); a choice of ours is marked `Our choice` where it is made.
 
 How to read: top to bottom. Sections 1 and 2 are the algorithms: pure functions that need only torch, made to
-be copied. Section 3 holds the settings, section 4 hooks both units into a model, section 5 is the command
-line.
+be copied. Section 3 holds the settings, section 4 hooks both units into a model, section 5 runs it.
 
 Symbols, in shapes and names:
     B   batch                            N   visual tokens of one picture
@@ -71,11 +70,9 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
         parent: (B, H, W) int64, the index on that axis of the output token that each input token went into.
 
     Raises:
-        ValueError: wrong rank, a dtype that is not floating, a `size` of another shape, `axis` or `keep` out
-            of range.
+        ValueError: wrong rank or dtype, a `size` of another shape, `axis` or `keep` out of range.
 
-    Source: that merging is iterative and orthogonal in the spatial axes is the paper's; the rule is our
-        choice.
+    Source: iterative merging, orthogonal in the spatial axes, is the paper's; the rule is our choice.
     """
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x of shape {tuple(x.shape)}, {x.dtype}, must be (B, H, W, C) and floating")
@@ -102,8 +99,7 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
     similar = dot / (norm[:, :, :-1] * norm[:, :, 1:]).clamp(min=torch.finfo(accumulate).tiny)
     similar = similar.masked_fill((norm[:, :, :-1] == 0) & (norm[:, :, 1:] == 0), 1.0)
 
-    # Boundary i lies between tokens i and i + 1, so a run starts at i + 1. Stable, so that ties cut the lower
-    # index.
+    # Boundary i lies between tokens i and i + 1: a run starts at i + 1. Stable, so ties cut the lower index.
     cut = similar.sort(dim=-1, stable=True).indices[..., : keep - 1]
     starts = torch.zeros(B, H, W, dtype=torch.int64, device=x.device).scatter_(-1, cut + 1, 1)
     parent = starts.cumsum(-1)  # 0 0 1 1 1 2 ...: how many runs have started before or at this token
@@ -174,8 +170,7 @@ def follow(token: Tensor, parent: Tensor, axis: int) -> Tensor:
 
 
 def home_slots(token: Tensor, tokens: int, W: int) -> Tensor:
-    """One original patch to represent each merged token: of its own patches the one nearest its centre of
-    mass.
+    """One original patch for each merged token: of its own patches the one nearest its centre of mass.
 
     Its own, so that no two tokens claim the same patch: the centre of a bent group can lie outside of it.
 
@@ -242,8 +237,7 @@ def spectral_score(x: Tensor, cutoff: float, keep: str = "detail") -> Tensor:
     """Score each token by what a low-pass filter along the tokens makes of it; no attention, no similarities.
 
     A token that the filter reproduces from its neighbours is redundant; what it removes is detail that would
-    be lost with the token. Shifting the tokens in a circle shifts the scores: the score does not depend on
-    position.
+    be lost with the token. The score does not depend on position: shifting tokens in a circle shifts scores.
 
     Args:
         x: (B, N, C) floating, the visual tokens of one picture in sequence order, N >= 1.
@@ -280,9 +274,8 @@ def spectral_prune(
         x: (B, N, C) floating, the visual tokens of one picture in sequence order.
         keep: how many are kept, in [0, N].
         cutoff, score: as for `spectral_score`.
-        normalize: bring every token to norm 1 first. Big models have a few tokens of huge norm; without this
-            they would ring through the filter and score everywhere, and the layer normalises its input as
-            well.
+        normalize: bring every token to norm 1 first. Big models have a few tokens of huge norm that would
+            otherwise ring through the filter; and a layer normalises its input as well.
 
     Returns:
         (B, keep) int64, ascending; ties go to the lower index.
@@ -416,8 +409,7 @@ def stored(layer) -> int:
 
 
 class PrunedLayer(DynamicLayer):
-    """The KV cache of one decoder layer that says how many positions the model has seen, not how many it
-    stored.
+    """The KV cache of one decoder layer: it says how many positions were seen, not how many it stored.
 
     Masks and rotary positions are computed from the logical length; the keys hold only what this layer
     processed. All state lives in the caller's cache object, so two conversations cannot mix, and beams
@@ -551,8 +543,7 @@ def find_layout(model: nn.Module) -> Layout:
 
 
 class Positions:
-    """Which logical positions of one forward call each decoder layer processes, for every sample of the
-    batch.
+    """Which logical positions of one forward call each decoder layer processes, for each sample of a batch.
 
     Padding is never processed. How *many* positions are processed is known on the host from the start, so no
     layer has to wait for the device; *which* ones is decided on the device, when a layer's input is there.
@@ -564,14 +555,23 @@ class Positions:
         slots: number of slots of one picture.
         fractions: of a picture's visual tokens, one per decoder layer.
         start: positions seen before, P.
+        off: nothing is merged or pruned, so nothing has to be right about the pictures either.
 
     Raises:
         ValueError: a picture that is not whole, or a prompt that ends with a picture.
     """
 
     def __init__(
-        self, visual: Tensor, real: Tensor, alive: Tensor, slots: int, fractions: list[float], start: int
+        self,
+        visual: Tensor,
+        real: Tensor,
+        alive: Tensor,
+        slots: int,
+        fractions: list[float],
+        start: int,
+        off: bool,
     ):
+        slots = 1 if off else slots
         self.fractions, self.start, self.slots, (B, self.S) = fractions, start, slots, visual.shape
         text = real & ~visual
         sample, slot = (visual & real).nonzero(as_tuple=True)
@@ -581,18 +581,17 @@ class Positions:
                 "a prompt must not be cut off, or prefilled in chunks, within a picture"
             )
         sample, slot = sample.view(-1, slots), slot.view(-1, slots)  # (pictures, slots)
-        # From here to the end of __init__ the host waits for the device, and nowhere else.
-        owners = sample.tolist()
-        if any(len(set(owner)) > 1 for owner in owners):
+        # In this constructor the host waits for the device (nonzero, tolist), and nowhere else.
+        first, last = sample[:, 0].tolist(), sample[:, -1].tolist()
+        if first != last:
             raise ValueError(f"a picture of {slots} slots is spread over two samples; is a prompt cut off?")
-        self.owners = [owner[0] for owner in owners]
-        self.pictures = [self.owners.count(b) for b in range(B)]
+        self.pictures = [first.count(b) for b in range(B)]
         self.texts = text.sum(1).tolist()
 
         # A prompt's last position speaks the next word, so it has to stay alive to the last layer.
-        last = torch.where(real, torch.arange(self.S, device=real.device), 0).amax(dim=1, keepdim=True)
-        ends_visual = (visual & real).gather(1, last)[:, 0].tolist()
-        if any(ends_visual):
+        end = torch.where(real, torch.arange(self.S, device=real.device), 0).amax(dim=1, keepdim=True)
+        ends_visual = (visual & real).gather(1, end)[:, 0].tolist()
+        if any(ends_visual) and not off:
             raise ValueError(f"sample {ends_visual.index(True)} ends with a picture; put text behind it")
 
         # What the encoder delivered: the slots that are alive, in order. (pictures, slots) -> (pictures, n)
@@ -858,6 +857,7 @@ class LUVC:
                 slots=self.layout.slots,
                 fractions=self.fractions,
                 start=cache.get_seq_length() if cache is not None else 0,
+                off=self.off,
             )
             self._past = []
         return args, kwargs
@@ -953,8 +953,7 @@ class LUVC:
 
     @property
     def groups(self) -> Tensor:
-        """(pictures, H * W) int64: the merged token that each patch of the latest pictures is in, as `follow`
-        says.
+        """(pictures, H * W) int64: the merged token that each patch of the latest pictures is in (`follow`).
 
         Raises:
             ValueError: nothing was merged yet, or the merger is off.
@@ -1036,8 +1035,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
-    """(model, processor) of a checkpoint folder or hub name; only safetensors, never code from the
-    checkpoint.
+    """(model, processor) of a checkpoint folder or hub name; only safetensors, never code that comes along.
 
     Raises:
         ValueError: a device, an attention or a checkpoint that is not there.
@@ -1063,7 +1061,7 @@ def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
             where, dtype=dtype, attn_implementation=attn, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--model {name}: {error}") from error
     return model.to(device).eval(), processor
 
 
@@ -1160,7 +1158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_arguments(argv)
         result, text = ask(args)
     except ValueError as error:
-        print(f"luvc.py: error: {error}", file=sys.stderr)
+        print(f"luvc.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
     print(json.dumps(result) if args.json else text)
     return 0

@@ -715,6 +715,16 @@ def test_off_is_bit_identical(kind, side):
         )
 
 
+def test_off_asks_nothing_of_the_prompt():
+    """Catches: checks that only pruning needs. A prompt that ends with a picture is fine for the plain model."""
+    model = tiny()
+    row = prompt(model, 1, "v")
+    plain, _ = forward(model, [row], pixels(1))
+    with LUVC(model, LUVCConfig(vision_keep=1.0, llm_keep=1.0)) as luvc:
+        off, _ = forward(model, [row], pixels(1))
+    assert torch.equal(off.logits, plain.logits) and luvc.report().visual_full == PATCHES
+
+
 def hooks_of(model):
     return {
         name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
