@@ -654,14 +654,13 @@ class Report:
     """What LUVC did in the latest prefill, summed over the batch. `print` it.
 
     `flops_left` is the fraction of the LLM's prefill arithmetic that is left. A decoder layer whose linear
-    maps hold M weights, with attention of width A (heads times head size), costs for n positions after p
-    stored ones
+    maps hold M weights, with attention of width A (heads times head size), costs, for n positions behind p
+    stored ones,
 
         2 * M * n  +  4 * A * (n * p + n * (n + 1) / 2)         (a multiply-add counts as two)
 
-    floating-point operations per sample. The fraction is this summed over all decoder layers, for the
-    positions that were processed over all that are not padding. Embedding, vision encoder and output head are
-    not counted.
+    floating-point operations per sample. The fraction sums this over all decoder layers, for the positions
+    that were processed and for all that are not padding. Embedding, encoder and output head are not counted.
     """
 
     vision_tokens: list[int]  # per encoder block, of one picture, CLS not counted
@@ -696,16 +695,13 @@ class LUVC:
             model.generate(**inputs)       # or model(...), or a pipeline: nothing else changes
         print(luvc.report())
 
-    No attention map is read, and a mask is made only where transformers would make one for the shorter
-    sequence, so the flash kernels run. With everything off (`vision_keep=1.0, llm_keep=1.0`) results are
-    bit-identical.
+    No attention map is read, and no mask is made where transformers would make none for the shorter sequence,
+    so the flash kernels run. With everything off (`vision_keep=1.0, llm_keep=1.0`) results are bit-identical.
 
     A second turn on the same KV cache works. It sees all text of the first turn, and of its pictures what
-    each
-    layer has stored: everything in the first layers, nothing in the last. What the first turn did not take
-        from a
-    picture is harder to ask for in the second; begin anew with the picture, or use a schedule that does not
-    end at zero. A new picture in the second turn is seen as in the first.
+    each layer has stored: everything in the first layers, nothing in the last. What the first turn did not
+    take from a picture is harder to ask for in the second; begin anew with the picture, or use a schedule
+    that does not end at zero. A new picture in the second turn is seen as in the first.
 
     Args:
         model: a Hugging Face VLM of a supported family (`LAYOUTS`).
@@ -723,8 +719,7 @@ class LUVC:
         if len(plan) > layout.used_blocks:
             most = layout.used_blocks
             raise ValueError(f"vision_steps={config.vision_steps} must be at most {most}, one per block")
-        # Our choice: the merges are spread evenly over the blocks. Block -> (axis, H, W) after merging before
-        # it.
+        # Our choice: the merges are spread evenly over the blocks. Block -> (axis, H, W after it).
         self.merges = {(i + 1) * layout.used_blocks // (len(plan) + 1): step for i, step in enumerate(plan)}
         self.off = not self.merges and all(fraction == 1 for fraction in self.fractions)
         self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
@@ -839,20 +834,20 @@ class LUVC:
         if embeds is None:  # the LLM alone, with ids of its own
             embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
         if not self.off:
-            if mask is not None and mask.ndim != 2:
-                raise ValueError(f"attention_mask of shape {tuple(mask.shape)} must be 2-D, one for padding")
             if module.training and getattr(module, "gradient_checkpointing", False):
                 raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
             if cache is None and kwargs.get("use_cache", module.config.use_cache):
                 cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
             if cache is not None:
                 self._adopt(cache)
+            if mask is not None and getattr(mask, "ndim", 0) != 2:
+                raise ValueError("LUVC needs the 2-D attention_mask (B, P + S) of the padding, or none")
         B, S = embeds.shape[:2]
         if S > 1:  # a single token was just generated: no picture, no padding, no need to wait for the device
             every = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
             self._now = self._prefill = Positions(
                 visual=ids.to(embeds.device) == self.layout.image_token if ids is not None else ~every,
-                real=every if mask is None or mask.ndim != 2 else mask[:, -S:].to(embeds.device, torch.bool),
+                real=mask[:, -S:].to(embeds.device, torch.bool) if getattr(mask, "ndim", 0) == 2 else every,
                 alive=(embeds != 0).any(-1) if self.merges else every,
                 slots=self.layout.slots,
                 fractions=self.fractions,
@@ -909,9 +904,8 @@ class LUVC:
         """The attention mask of one layer, as transformers makes it for the physical sequence.
 
         That sequence is an ordinary causal one: what was stored, then `x`, in logical order. Fillers stand at
-            the
-        end of `x`, where causality hides them from all real positions, so a first prefill needs no mask, even
-        of samples of different lengths. They have to be masked only once something follows them.
+        the end of `x`, where causality hides them from all real positions; so a first prefill needs no mask,
+        even of samples of different lengths. They are masked only once something follows them.
         """
         Q, past, hide = x.shape[1], 0, None
         if store is not None:
@@ -940,9 +934,9 @@ class LUVC:
 
     @property
     def kept(self) -> list[list[Tensor]]:
-        """`kept[layer][sample]`: 1-D int64, ascending, the logical positions that this decoder layer
-        processed in the latest prefill; padding is not among them. Positions count from the beginning of the
-        KV cache.
+        """`kept[layer][sample]`: the logical positions that a decoder layer processed in the latest prefill.
+
+        1-D int64, ascending, counted from the beginning of the KV cache; padding is not among them.
 
         Raises:
             ValueError: there was no prefill yet.

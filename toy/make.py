@@ -214,8 +214,7 @@ def make_model(tokenizer, width=64, layers=12, vision_layers=4, pixels=PIXELS):
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        # The default of 0.02 is meant for widths of thousands: at 64 the attention starts out flat and stays
-        # so.
+        # The default of 0.02 is meant for widths of thousands; at 64 attention would start flat and stay flat.
         initializer_range=0.1,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
@@ -339,14 +338,21 @@ def grow(model, tokenizer, width, pixels):
     return larger
 
 
-def train(stages, batch, width, number, rate, device, save=None, seed=0):
-    """Trains through `stages`, a list of (pixels, steps); returns (model, processor, seconds)."""
+def train(stages, batch, width, number, rate, device, save=None, resume=None, seed=0):
+    """Trains through `stages`, a list of (pixels, steps); returns (model, processor, seconds).
+
+    `resume` is a checkpoint folder to continue from, on new scenes and without crutches.
+    """
     from torch.nn.functional import cross_entropy
     from tqdm import tqdm
+    from transformers import LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
     processor = make_processor()
     model = make_model(processor.tokenizer, width, pixels=stages[0][0])
+    if resume:
+        model = LlavaForConditionalGeneration.from_pretrained(resume)
+    first = 10 * HELD_OUT if resume else HELD_OUT  # seed of the first scene
     # What each patch shows and where it is the encoder learns directly; the heads are thrown away afterwards.
     parts = [len(TEXTURES) + 1, len(COLOURS) + 1, 2, CELLS, CELLS]
     heads = torch.nn.Linear(width, sum(parts)).to(device)
@@ -363,32 +369,27 @@ def train(stages, batch, width, number, rate, device, save=None, seed=0):
             torch.optim.Muon(inner, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=0.02),
         ]
-        scenes = Scenes(processor.tokenizer, HELD_OUT + done * batch, steps * batch, number, pixels)
+        scenes = Scenes(processor.tokenizer, first + done * batch, steps * batch, number, pixels)
         loader = torch.utils.data.DataLoader(scenes, batch, collate_fn=scenes.collate, num_workers=1)
         for step, items in enumerate(loader):
-            warm = min(
-                1.0, (step + 1) / 150
-            )  # each stage warms up its optimiser; one cosine spans all stages
+            # Each stage warms up its optimiser; one cosine spans all stages.
+            scale = min(1.0, (step + 1) / 150) * (0.02 + 0.49 * (1 + math.cos(math.pi * done / total)))
             for optimiser in optimisers:
-                optimiser.param_groups[0]["lr"] = (
-                    rate * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done / total)))
-                )
+                optimiser.param_groups[0]["lr"] = rate * scale
             pixel_values, ids, labels, crutch, patches = (t.to(device) for t in items)
             text = 1 + (pixels // PATCH) ** 2  # logits are only needed where there are words
             out = model(
                 input_ids=ids, pixel_values=pixel_values, use_cache=False, logits_to_keep=ids.shape[1] - text
             )
-            logits, labels, crutch = (
-                out.logits.flatten(0, 1),
-                labels[:, text:].flatten(),
-                crutch[:, text:].flatten(),
-            )
+            logits = out.logits.flatten(0, 1)
+            labels, crutch = labels[:, text:].flatten(), crutch[:, text:].flatten()
             answer = cross_entropy(logits, labels, ignore_index=-100)
             seen = heads(out.image_hidden_states.reshape(-1, width)).split(parts, dim=-1)
             weights = [None, None, weight, None, None]
             targets = zip(seen, patches.flatten(0, 1).unbind(-1), weights, strict=True)
             shown = sum(cross_entropy(logit, target, weight=w) for logit, target, w in targets)
-            fade = max(0.0, 1 - 1.25 * done / total)  # the end of the training is about the answers alone
+            # The end of the training is about the answers alone.
+            fade = 0.0 if resume else max(0.0, 1 - 1.25 * done / total)
             loss = answer + fade * (0.5 * cross_entropy(logits, crutch, ignore_index=-100) + 0.5 * shown)
             model.zero_grad(set_to_none=True)
             heads.zero_grad(set_to_none=True)
@@ -427,38 +428,57 @@ def accuracy(model, processor, scenes, first=0, batch=25):
         for (kind, _, _, answer), text in zip(asked, said, strict=True):
             right.setdefault(kind, []).append(text.strip() == answer)
     total = [hit for hits in right.values() for hit in hits]
-    return {kind: float(np.mean(hits)) for kind, hits in sorted(right.items())} | {
-        "all": float(np.mean(total))
-    }
+    right = {kind: float(np.mean(hits)) for kind, hits in sorted(right.items())}
+    return right | {"all": float(np.mean(total))}
+
+
+def parse_stages(text):
+    """ "128:2000,192:900" -> [(128, 2000), (192, 900)]: pixels, a multiple of patch and cells, and steps."""
+    stages = [tuple(int(number) for number in stage.split(":")) for stage in text.split(",")]
+    if any(len(s) != 2 or s[0] % PATCH or s[0] < 128 or s[1] < 1 for s in stages) or stages[-1][0] != PIXELS:
+        raise ValueError
+    return stages
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", default="128:2000,192:900", help="pixels:steps, small pictures first")
+    parser.add_argument(
+        "--stages",
+        type=parse_stages,
+        default="128:2000,192:900",
+        help=f"pixels:steps,...; small pictures are quick to learn from, the last must have {PIXELS} pixels",
+    )
     parser.add_argument("--batch", type=int, default=16, help="scenes per step")
     parser.add_argument("--questions", type=int, default=8, help="turns per scene")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=HERE, help="checkpoint folder")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--check", type=int, metavar="SCENES", help="only measure the saved checkpoint")
     args = parser.parse_args()
+    if (args.check or args.resume) and not (args.out / "model.safetensors").exists():
+        parser.error(f"{args.out} holds no checkpoint; train without --resume first")
     if args.check:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         model = AutoModelForImageTextToText.from_pretrained(args.out).to(args.device).eval()
         print(json.dumps(accuracy(model, AutoProcessor.from_pretrained(args.out), args.check)))
         return
-    stages = [tuple(map(int, stage.split(":"))) for stage in args.stages.split(",")]
     model, processor, seconds = train(
-        stages, args.batch, args.width, args.questions, args.rate, args.device, save=args.out
+        args.stages,
+        args.batch,
+        args.width,
+        args.questions,
+        args.rate,
+        args.device,
+        save=args.out,
+        resume=args.out if args.resume else None,
     )
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
     sample(EXAMPLE)[0].save(args.out / "example.png", optimize=True)
-    print(
-        f"trained stages {args.stages} with {args.batch} scenes a step in {seconds / 60:.0f} minutes, {args.device}"
-    )
+    print(f"stages {args.stages}, {args.batch} scenes a step: {seconds / 60:.0f} minutes on {args.device}")
     print(json.dumps(accuracy(model, processor, 100)))
 
 
