@@ -310,8 +310,8 @@ class LUVCConfig:
         ValueError: a value outside its range, NaN included.
     """
 
-    vision_keep: float = 0.5625
-    """Fraction of the grid that leaves the encoder, in (0, 1]; 0.5625 is 3/4 per axis. 1.0: merger off."""
+    vision_keep: float = 0.84
+    """Fraction of the grid that leaves the encoder, in (0, 1]; 24 x 24 become 22 x 22. 1.0: merger off."""
 
     vision_steps: int = 2
     """Merges inside the encoder, along W, H, W, ..., spread evenly over its blocks; at most one per block."""
@@ -1038,11 +1038,10 @@ def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
     from transformers.utils import is_flash_attn_2_available
 
     try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"--device {device}: no such device") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu can") from error
     if attn == "flash_attention_2" and not is_flash_attn_2_available():
         raise ValueError("--attn flash_attention_2: flash-attn is not installed (see requirements.txt)")
     path = HERE / "toy" if name == "toy" else Path(name)

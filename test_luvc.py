@@ -5,20 +5,34 @@ Section 1 and 2 are properties of the pure functions: hypothesis draws the eleme
 exact, and an oracle in plain loops says what is right. Section 3 checks the wrapper on tiny random LLaVA
 models against a dense reference that masks instead of removing. Section 4 is the trained toy and the command
 line. Each test names the mistake that it would catch.
+
+luvc.py is also a course assignment, in four tasks (section 6):
+
+    python test_luvc.py --assignment student.py                        # luvc.py with eight functions to write
+    LUVC_MODULE=student.py python -m pytest test_luvc.py -m task1 -x   # tests student.py instead of luvc.py
+
+Without --assignment, `python test_luvc.py` runs pytest.
 """
 
+import argparse
+import ast
+import concurrent.futures
+import difflib
+import importlib.util
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AttentionInterface,
@@ -34,8 +48,29 @@ from transformers import (
 from transformers.masking_utils import flash_attention_mask
 from transformers.utils import is_flash_attn_2_available
 
-import luvc as reference
-from luvc import (
+HERE = Path(__file__).resolve().parent
+
+
+def module_under_test() -> Path:
+    """luvc.py beside this file, or the file that LUVC_MODULE names. Fresh from here under the name `luvc`, so
+    that whoever imports `luvc` afterwards (toy/compare.py) gets the same one."""
+    # As a script this file only hands over to pytest, which imports it once more, or writes the assignment; then
+    # LUVC_MODULE may name a file that is yet to be written.
+    name = None if __name__ == "__main__" else os.environ.get("LUVC_MODULE")
+    file = Path(name).resolve() if name else HERE / "luvc.py"
+    if name and not (file.is_file() and file.suffix == ".py"):
+        # The one exception that pytest shows without a traceback when a test module raises it.
+        raise pytest.Collector.CollectError(f"LUVC_MODULE={name}: no such Python file (looked for {file})")
+    spec = importlib.util.spec_from_file_location("luvc", file)
+    sys.modules["luvc"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return file
+
+
+MODULE = module_under_test()
+
+import luvc as reference  # noqa: E402
+from luvc import (  # noqa: E402
     LUVC,
     LUVCConfig,
     follow,
@@ -47,11 +82,26 @@ from luvc import (
     spectral_score,
 )
 
-HERE = Path(__file__).resolve().parent
 EPS = torch.finfo(torch.float32).eps
 settings.register_profile("luvc", deadline=None, derandomize=True, max_examples=60)
-settings.load_profile("luvc")
+# For section 6, which runs these tests many times: a failure is enough, it need not be the smallest one.
+settings.register_profile(
+    "quick", settings.get_profile("luvc"), max_examples=15, phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile(os.environ.get("LUVC_PROFILE", "luvc"))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+def pytest_report_collectionfinish():
+    return f"testing {MODULE}"
+
+
+# Which makes pytest call the hook above: it reads `pytest_plugins` in test modules too, and this one is its own
+# plugin. The line stands under "collected ...", before the first test, also with -q. The hook for the lines above
+# that, pytest_report_header, is asked before any test module is imported: it would take a conftest.py, or
+# `-p test_luvc` in addopts, which fails when pytest is started from another folder, and when a student's file
+# has a syntax error.
+pytest_plugins = [__name__]
 
 # ======================================================================================================
 # 1. Merging
@@ -100,6 +150,33 @@ def merge_line_by_hand(tokens, sizes, keep):
     return merged, mass, parent
 
 
+@pytest.mark.task1
+def test_merge_by_hand():
+    """The smallest cases first, with numbers to follow on paper."""
+    a, b, c = [1.0, 0.0], [0.0, 1.0], [4.0, 3.0]  # similar: a and b 0, a and c 0.8, b and c 0.6
+    out, size, parent = merge_axis(torch.tensor([[[a, a, b]]]), torch.ones(1, 1, 3), 2, 2)
+    assert parent.tolist() == [[[0, 0, 1]]], (
+        f"tokens a a b with keep=2 went to {parent.flatten().tolist()}, expected [0, 0, 1]: a and b are the least "
+        "similar neighbours, so the cut is between them, and a new run starts behind the cut"
+    )
+    assert size.tolist() == [[[2, 1]]], (
+        f"sizes are {size.flatten().tolist()}, expected [2, 1] (they sum to {size.sum():g}, expected 3): was the "
+        "absorbed token's size added?"
+    )
+    out, size, _ = merge_axis(torch.tensor([[[a, c]]]), torch.tensor([[[2.0, 1.0]]]), 1, 2)
+    assert size.tolist() == [[[3]]], f"sizes 2 and 1 became {size.item():g}, expected 3: were they added?"
+    assert out.tolist() == [[[[2, 1]]]], (
+        f"(1, 0) of size 2 and (4, 3) of size 1 became {out.flatten().tolist()}, expected [2, 1]: is the mean "
+        "weighted by size? (2 * 1 + 1 * 4) / 3 = 2"
+    )
+    out, _, parent = merge_axis(torch.tensor([[[a], [b], [c]]]), torch.ones(1, 3, 1), 2, 1)
+    assert out.shape == (1, 2, 1, 2), f"axis=1 merges along H: (1, 3, 1, 2) became {tuple(out.shape)}"
+    assert parent.flatten().tolist() == [0, 1, 1], (
+        "a | b c: 0 between a and b is less than 0.6 between b and c"
+    )
+
+
+@pytest.mark.task1
 @given(grids())
 def test_merge_equals_plain_loops(case):
     """Catches: unweighted means, off by one at the cut, the wrong axis, the wrong end of the ordering, ties."""
@@ -110,11 +187,20 @@ def test_merge_equals_plain_loops(case):
     )
     for b, i in itertools.product(range(len(x)), range(lines_x.shape[1])):
         want, mass, runs = merge_line_by_hand(lines_x[b, i].tolist(), lines_size[b, i].tolist(), keep)
-        assert lines_parent[b, i].tolist() == runs, "runs are cut in other places than by hand"
-        assert lines_out_size[b, i].tolist() == mass, "sizes differ: was the absorbed token's size added?"
-        assert lines_out[b, i].tolist() == want, "values differ: is the mean weighted by size?"
+        line, got = lines_x[b, i].tolist(), lines_parent[b, i].tolist()
+        assert got == runs, (
+            f"tokens {line}, keep={keep}: they went to {got}, by hand to {runs}. Is it the cosine similarity, are "
+            f"the {keep - 1} least similar boundaries cut, and on a tie those of lower index?"
+        )
+        got = lines_out_size[b, i].tolist()
+        assert got == mass, f"sizes {got}, expected {mass}: was the absorbed token's size added?"
+        got = lines_out[b, i].tolist()
+        assert got == want, (
+            f"tokens {got}, expected {want}: is the mean weighted by size, and divided by its sum?"
+        )
 
 
+@pytest.mark.task1
 @given(grids())
 def test_merge_shapes_and_order(case):
     """Catches: a grid that is no rectangle any more, tokens that change places, an empty run."""
@@ -122,37 +208,54 @@ def test_merge_shapes_and_order(case):
     out, out_size, parent = merge_axis(x, size, keep, axis)
     shape = list(x.shape)
     shape[axis] = keep
-    assert list(out.shape) == shape and list(out_size.shape) == shape[:3] and parent.shape == size.shape
-    assert parent.dtype == torch.int64 and out.dtype == x.dtype and out_size.dtype == size.dtype
+    assert list(out.shape) == shape, (
+        f"x has shape {tuple(out.shape)}, expected {tuple(shape)}: `keep` on the axis"
+    )
+    assert list(out_size.shape) == shape[:3], f"size has shape {tuple(out_size.shape)}, expected {shape[:3]}"
+    assert parent.shape == size.shape, f"parent has {tuple(parent.shape)}: it is one index per *input* token"
+    dtypes = parent.dtype, out.dtype, out_size.dtype
+    assert dtypes == (torch.int64, x.dtype, size.dtype), f"parent, x and size came back as {dtypes}"
     steps = parent.diff(dim=axis)
     assert ((steps == 0) | (steps == 1)).all(), (
         "parent must go up by single steps: order is kept, no run is empty"
     )
-    assert (parent.select(axis, 0) == 0).all() and (parent.select(axis, -1) == keep - 1).all()
+    assert (parent.select(axis, 0) == 0).all(), "the first token is in run 0: is the first run counted twice?"
+    assert (parent.select(axis, -1) == keep - 1).all(), f"the last token is in the last run, {keep - 1}"
 
 
+@pytest.mark.task1
 @given(grids(scale=LCM), st.sampled_from([torch.float32, torch.float64]))
 def test_merge_conserves_mass_exactly(case, dtype):
     """Catches: unweighted means, sizes that are not carried, tokens thrown away."""
     x, size, keep, axis = case
     out, out_size, _ = merge_axis(x.to(dtype), size.to(dtype), keep, axis)
-    assert torch.equal(out_size.sum(axis), size.to(dtype).sum(axis)), (
-        "sizes do not sum to what they summed to"
-    )
+    got, want = out_size.sum(axis), size.to(dtype).sum(axis)
+    for a, b in zip(got.flatten().tolist(), want.flatten().tolist(), strict=True):
+        assert a == b, f"sizes sum to {a:g}, expected {b:g}: was the absorbed token's size added?"
     before, after = (x.to(dtype) * size.to(dtype)[..., None]).sum(axis), (out * out_size[..., None]).sum(axis)
-    assert torch.equal(before, after), "size-weighted sums per line are not conserved"
+    assert torch.equal(before, after), (
+        f"size times token summed to {before.tolist()} per line, and to {after.tolist()} after merging: is the mean "
+        "weighted by size?"
+    )
 
 
+@pytest.mark.task1
 @given(grids(scale=LCM, max_size=1, max_length=4), st.data())
 def test_merging_in_steps_gives_the_mean_of_all(case, data):
     """Catches: sizes that are returned but not used by the next merge."""
     x, size, keep, axis = case
     once, mass, _ = merge_axis(x, size, keep, axis)
     twice, total, _ = merge_axis(once, mass, 1, axis)
-    assert torch.equal(twice, x.mean(axis, keepdim=True)), "the mean of weighted means is not the mean of all"
-    assert (total == x.shape[axis]).all()
+    assert torch.equal(twice, x.mean(axis, keepdim=True)), (
+        "merged in two steps, a line is not the mean of its original tokens: does the second merge use the sizes "
+        "that the first one returned?"
+    )
+    assert (total == x.shape[axis]).all(), (
+        f"a line of {x.shape[axis]} tokens of size 1 ended with size {total.flatten().tolist()}"
+    )
 
 
+@pytest.mark.task1
 @given(grids())
 def test_merge_parent_explains_output(case):
     """Catches: a parent that does not belong to the tokens returned."""
@@ -160,22 +263,29 @@ def test_merge_parent_explains_output(case):
     out, out_size, parent = merge_axis(x, size, keep, axis)
     for target in range(keep):
         mass = size * (parent == target)
-        assert torch.equal(mass.sum(axis), out_size.select(axis, target))
-        assert torch.equal(
-            (x * mass[..., None]).sum(axis) / mass.sum(axis)[..., None], out.select(axis, target)
+        assert torch.equal(mass.sum(axis), out_size.select(axis, target)), (
+            f"the tokens whose parent is {target} do not have the size of token {target} together"
+        )
+        mean = (x * mass[..., None]).sum(axis) / mass.sum(axis)[..., None]
+        assert torch.equal(mean, out.select(axis, target)), (
+            f"token {target} is not the mean of the tokens whose parent is {target}, weighted by size"
         )
 
 
+@pytest.mark.task1
 @given(grids())
 def test_merge_nothing_is_identity(case):
     """Catches: rounding where nothing is merged."""
     x, size, _, axis = case
     out, out_size, parent = merge_axis(x, size, x.shape[axis], axis)
-    assert torch.equal(out, x) and torch.equal(out_size, size)
+    assert torch.equal(out, x) and torch.equal(out_size, size), "keep is the whole axis: nothing may change"
     every = torch.arange(x.shape[axis]).view(-1, 1) if axis == 1 else torch.arange(x.shape[axis])
-    assert torch.equal(parent, every.expand_as(parent))
+    assert torch.equal(parent, every.expand_as(parent)), (
+        "nothing merged: each token's parent is its own index"
+    )
 
 
+@pytest.mark.task1
 @given(
     st.lists(st.tuples(st.integers(0, 7), st.integers(1, 4)), min_size=1, max_size=6), st.sampled_from([1, 2])
 )
@@ -195,12 +305,16 @@ def test_identical_neighbours_merge_first(runs, axis):
     line = torch.tensor([directions[d] for d, n in runs for _ in range(n)], dtype=torch.float32)
     x = line[None, :, None] if axis == 1 else line[None, None]
     out, size, _ = merge_axis(x, torch.ones(x.shape[:3]), len(runs), axis)
-    assert torch.equal(
-        out.reshape(-1, 2), torch.tensor([directions[d] for d, _ in runs], dtype=torch.float32)
+    got, want = out.reshape(-1, 2).tolist(), [directions[d] for d, _ in runs]
+    assert got == want, (
+        f"runs of equal tokens {want} became {got}: are similar neighbours merged, not dissimilar ones, and are two "
+        "zero tokens alike?"
     )
-    assert size.flatten().tolist() == [n for _, n in runs]
+    got, want = size.flatten().tolist(), [n for _, n in runs]
+    assert got == want, f"runs of {want} equal tokens became tokens of sizes {got}"
 
 
+@pytest.mark.task1
 @given(grids(), st.randoms(use_true_random=False))
 def test_merge_treats_lines_alone(case, random):
     """Catches: lines of the other axis, or samples of the batch, that influence each other."""
@@ -213,24 +327,37 @@ def test_merge_treats_lines_alone(case, random):
         merge_axis(x, size, keep, axis),
         strict=True,
     ):
-        assert torch.equal(a, b.index_select(other, index))
+        assert torch.equal(a, b.index_select(other, index)), (
+            "a line depends on other lines: is each sorted alone?"
+        )
 
 
+@pytest.mark.task1
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_merge_keeps_dtype_and_accumulates_in_float32(dtype):
     """Catches: sums in half precision, where 2048 + 1 is 2048."""
     x, size = torch.ones(1, 1, 4096, 2, dtype=dtype), torch.ones(1, 1, 4096)
     out, total, _ = merge_axis(x, size, 1, 2)
-    assert out.dtype == dtype and out.device == x.device and total.item() == 4096
-    assert torch.equal(out, torch.ones(1, 1, 1, 2, dtype=dtype))
+    assert out.dtype == dtype and out.device == x.device, f"{dtype} came back as {out.dtype}"
+    assert total.item() == 4096, (
+        f"4096 sizes of 1 sum to {total.item():g}: are sums taken in float32 or better?"
+    )
+    assert torch.equal(out, torch.ones(1, 1, 1, 2, dtype=dtype)), (
+        f"the mean of 4096 ones is {out.flatten().tolist()}: are sums taken in float32 or better?"
+    )
 
 
+@pytest.mark.task1
 def test_merge_ties_cut_the_lower_index():
     """Catches: `topk`, which promises no order among equals."""
     parent = merge_axis(torch.ones(1, 1, 40, 3), torch.ones(1, 1, 40), 15, 2)[2]
-    assert parent.flatten().tolist() == [min(i, 14) for i in range(40)]
+    got, want = parent.flatten().tolist(), [min(i, 14) for i in range(40)]
+    assert got == want, (
+        f"40 equal tokens, keep=15: {got}, expected {want}: is the sort stable, lower index first?"
+    )
 
 
+@pytest.mark.task1
 @pytest.mark.parametrize(
     ("x", "size", "keep", "axis", "names"),
     [
@@ -246,34 +373,69 @@ def test_merge_ties_cut_the_lower_index():
 def test_merge_refuses_bad_input(x, size, keep, axis, names):
     with pytest.raises(ValueError) as error:
         merge_axis(x, size, keep, axis)
-    assert names in str(error.value)
+    assert names in str(error.value), f"the message should name what is wrong, {names}; it is: {error.value}"
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.01, 1), st.integers(1, 6))
-def test_plan_alternates_and_arrives(H, W, keep, steps):
-    """Catches: an axis that grows or vanishes, the wrong order of axes, a target that is missed."""
-    plan = merge_plan(H, W, keep, steps)
-    if keep == 1:
-        assert plan == []
-        return
-    assert [axis for axis, _, _ in plan] == [(2, 1)[i % 2] for i in range(steps)]
-    rows, columns = zip((H, W), *(p[1:] for p in plan), strict=True)
-    for side, fraction in (
-        (rows, math.sqrt(keep) if steps > 1 else 1),
-        (columns, keep ** (0.5 if steps > 1 else 1)),
-    ):
-        assert all(1 <= b <= a for a, b in itertools.pairwise(side))
-        assert abs(side[-1] - max(1, side[0] * fraction)) <= 0.5 + 1e-9
-
-
+@pytest.mark.task2
 def test_plan_by_hand():
-    assert merge_plan(24, 24, 0.25, 4) == [(2, 24, 18), (1, 18, 18), (2, 18, 12), (1, 12, 12)]
-    assert merge_plan(24, 24, 0.5625, 2) == [(2, 24, 18), (1, 18, 18)]
+    for args, want in [
+        ((24, 24, 0.25, 4), [(2, 24, 18), (1, 18, 18), (2, 18, 12), (1, 12, 12)]),
+        ((24, 24, 0.5625, 2), [(2, 24, 18), (1, 18, 18)]),
+        ((4, 8, 0.25, 2), [(2, 4, 4), (1, 2, 4)]),
+        ((4, 8, 0.25, 1), [(2, 4, 2)]),
+        ((4, 8, 1.0, 2), []),
+    ]:
+        got = merge_plan(*args)
+        assert got == want, (
+            f"merge_plan{args} is {got}, expected {want}: steps alternate 2 (along W), 1 (along H), and each axis "
+            "shrinks to the square root of `keep` of its full length, a single step to `keep`"
+        )
     for bad in ((0, 4, 0.5, 2), (4, 4, 0.0, 2), (4, 4, 1.5, 2), (4, 4, float("nan"), 2), (4, 4, 0.5, 0)):
         with pytest.raises(ValueError):
             merge_plan(*bad)
 
 
+@pytest.mark.task2
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.01, 1), st.integers(1, 6))
+def test_plan_alternates_and_arrives(H, W, keep, steps):
+    """Catches: an axis that grows or vanishes, the wrong order of axes, a target that is missed."""
+    plan = merge_plan(H, W, keep, steps)
+    if keep == 1:
+        assert plan == [], f"keep=1 merges nothing: the plan is empty, not {plan}"
+        return
+    axes = [axis for axis, _, _ in plan]
+    assert axes == [(2, 1)[i % 2] for i in range(steps)], (
+        f"the {steps} steps merge along axes {axes}: W (axis 2) has its turn first, then W and H alternate"
+    )
+    rows, columns = zip((H, W), *(p[1:] for p in plan), strict=True)
+    for side, fraction in (
+        (rows, math.sqrt(keep) if steps > 1 else 1),
+        (columns, keep ** (0.5 if steps > 1 else 1)),
+    ):
+        assert all(1 <= b <= a for a, b in itertools.pairwise(side)), f"an axis grows or vanishes: {side}"
+        assert abs(side[-1] - max(1, side[0] * fraction)) <= 0.5 + 1e-9, (
+            f"an axis goes {side}, expected to end at {side[0]} * {fraction:g}, rounded to the nearest: is it the "
+            "square root of `keep`, and counted from the full length?"
+        )
+
+
+@pytest.mark.task2
+def test_follow_by_hand():
+    """Two rows of three, W merged to two columns, then H to one row; the parents are given."""
+    token = torch.arange(6)[None]  # 0 1 2 | 3 4 5
+    token = follow(token, torch.tensor([[[0, 0, 1], [0, 1, 1]]]), 2)
+    assert token.tolist() == [[0, 0, 1, 2, 3, 3]], (
+        f"2 x 3 merged along W to 2 x 2 gives {token.tolist()[0]}, expected 0 0 1 | 2 3 3: the flat index is "
+        "row * W + column, with W of the *new* grid"
+    )
+    token = follow(token, torch.tensor([[[0, 0], [0, 0]]]), 1)
+    assert token.tolist() == [[0, 0, 1, 0, 1, 1]], (
+        f"2 x 2 merged along H to 1 x 2 gives {token.tolist()[0]}, expected 0 0 1 | 0 1 1: `parent` is the new row "
+        "when axis is 1 and the new column when axis is 2"
+    )
+
+
+@pytest.mark.task2
 @given(grids(), st.data())
 def test_follow_and_home_slots(case, data):
     """Catches: rows and columns mixed up when merges follow each other, two tokens in one slot, a foreign slot."""
@@ -289,7 +451,12 @@ def test_follow_and_home_slots(case, data):
             moved = parent[b, i, j].item()
             where[b, r, c] = (moved, j) if axis_now == 1 else (i, moved)
     new_W = x.shape[2]
-    assert all(token[b, r * W + c] == i * new_W + j for (b, r, c), (i, j) in where.items())
+    for (b, r, c), (i, j) in where.items():
+        got = divmod(token[b, r * W + c].item(), new_W)
+        assert got == (i, j), (
+            f"the patch in row {r}, column {c} of {H} x {W} went to row and column {got} of {x.shape[1]} x {new_W}, "
+            f"expected {(i, j)}: are rows and columns mixed up, or is an old width used for the new grid?"
+        )
     assert all(torch.bincount(token[b], minlength=size[b].numel()).tolist() for b in range(B))
     tokens = x.shape[1] * new_W
     home = home_slots(token, tokens, W)
@@ -323,6 +490,38 @@ def rounding(x):
     return 4 * EPS * (2 + math.log2(x.shape[1])) * max(1.0, x.abs().sum(1).max().item())
 
 
+@pytest.mark.task3
+def test_low_pass_by_hand():
+    """Eight values: the mean, one slow wave and the fastest one. Half of the frequencies pass: 0, 1 and 2 of 0 to 4."""
+    t = torch.arange(8)
+    mean, slow, fast = torch.full((8,), 3.0), torch.cos(2 * math.pi * t / 8), 1.0 - 2 * (t % 2)
+    for wave, passes, what in [
+        (mean, True, "the mean (frequency 0) always passes"),
+        (slow, True, "the slowest wave passes"),
+        (fast, False, "the fastest wave (1, -1, 1, ...) is removed"),
+        (
+            torch.cos(4 * math.pi * t / 8),
+            True,
+            "cutoff 0.5 of the 4 frequencies beside the mean: number 2 passes",
+        ),
+        (
+            torch.cos(6 * math.pi * t / 8),
+            False,
+            "cutoff 0.5 of the 4 frequencies beside the mean: number 3 goes",
+        ),
+    ]:
+        got = low_pass(wave[None, :, None], 0.5).flatten()
+        assert torch.allclose(got, wave * passes, atol=1e-5), (
+            f"{what}, but low_pass of {[round(v, 2) for v in wave.tolist()]} with cutoff=0.5 is "
+            f"{[round(v, 2) for v in got.tolist()]}: are the low frequencies kept and the high ones set to zero?"
+        )
+
+
+def close(got, want, atol, why):
+    torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda difference: f"{why}\n{difference}")
+
+
+@pytest.mark.task3
 @given(sequences(), cutoffs)
 def test_low_pass_equals_the_sum_of_waves(x, cutoff):
     """Catches: the high frequencies kept instead, one frequency too many or too few, a filter along the channels."""
@@ -336,72 +535,119 @@ def test_low_pass_equals_the_sum_of_waves(x, cutoff):
             wave = wave / math.sqrt(2)  # +N/2 and -N/2 are one and the same wave
         amount = (x * wave.conj()[None, :, None]).sum(1, keepdim=True) / N
         want += (amount * wave[None, :, None]).real
-    torch.testing.assert_close(low_pass(x, cutoff).double(), want, rtol=0, atol=rounding(x))
+    close(
+        low_pass(x, cutoff).double(),
+        want,
+        rounding(x),
+        f"not the sum of the {passed + 1} slowest waves (of {N // 2 + 1}) along dim 1: are the low frequencies the "
+        "ones that pass, is their number rounded to the nearest, is DC counted?",
+    )
 
 
+@pytest.mark.task3
 @given(sequences(), cutoffs, st.integers(-3, 3))
 def test_low_pass_is_linear_idempotent_and_splits_energy(x, cutoff, factor):
     """Catches: anything between the FFT and its inverse that is no projection."""
     y, slow = x.flip(1), low_pass(x, cutoff)
     both = low_pass(x + factor * y, cutoff)
-    torch.testing.assert_close(both, slow + factor * low_pass(y, cutoff), rtol=0, atol=8 * rounding(x))
-    torch.testing.assert_close(low_pass(slow, cutoff), slow, rtol=0, atol=2 * rounding(x))
+    close(
+        both,
+        slow + factor * low_pass(y, cutoff),
+        8 * rounding(x),
+        "the filter of a sum is the sum of filters",
+    )
+    close(low_pass(slow, cutoff), slow, 2 * rounding(x), "filtering twice must do what filtering once does")
     energy = x.double().square().sum(1)
     parts = slow.double().square().sum(1) + (x - slow).double().square().sum(1)
-    torch.testing.assert_close(
-        parts, energy, rtol=0, atol=4 * rounding(x) * x.abs().sum(1).max().item() + 1e-9
-    )
+    why = "what passes and what is removed must share the energy: a frequency passes whole or not at all"
+    close(parts, energy, 4 * rounding(x) * x.abs().sum(1).max().item() + 1e-9, why)
 
 
+@pytest.mark.task3
 @given(sequences())
 def test_low_pass_ends(x):
-    assert torch.equal(low_pass(x, 1.0), x)
-    torch.testing.assert_close(
-        low_pass(x, 0.0), x.mean(1, keepdim=True).expand_as(x), rtol=0, atol=rounding(x)
+    assert torch.equal(low_pass(x, 1.0), x), (
+        "cutoff=1 passes everything: the result is x itself, to the last bit"
+    )
+    close(
+        low_pass(x, 0.0),
+        x.mean(1, keepdim=True).expand_as(x),
+        rounding(x),
+        "cutoff=0 leaves the mean (DC) only",
     )
 
 
+@pytest.mark.task3
 def test_low_pass_dim_and_dtype():
     x = torch.randn(3, 5, 7, dtype=torch.bfloat16)
-    assert low_pass(x, 0.5).dtype == torch.float32
+    assert low_pass(x, 0.5).dtype == torch.float32, (
+        f"bfloat16 came back as {low_pass(x, 0.5).dtype}, not float32"
+    )
     for dim in (0, 1, 2, -1):
         moved = low_pass(x.movedim(dim, 1), 0.3).movedim(1, dim)
-        torch.testing.assert_close(low_pass(x, 0.3, dim=dim), moved)
+        close(low_pass(x, 0.3, dim=dim), moved, 1e-5, f"dim={dim} is not the dimension that was filtered")
 
 
+@pytest.mark.task3
 @given(sequences(), cutoffs, st.sampled_from(["detail", "smooth"]), st.integers(0, 16))
 def test_score_does_not_depend_on_position(x, cutoff, keep, shift):
     """The paper's position invariance, as a property. Catches: zero padding, windows, differences of neighbours."""
     shifted = spectral_score(x.roll(shift, dims=1), cutoff, keep)
-    torch.testing.assert_close(
-        shifted, spectral_score(x, cutoff, keep).roll(shift, dims=1), rtol=0, atol=16 * rounding(x)
-    )
+    why = f"tokens shifted in a circle by {shift} must shift their scores, not change them: filtered along the tokens?"
+    close(shifted, spectral_score(x, cutoff, keep).roll(shift, dims=1), 16 * rounding(x), why)
 
 
+@pytest.mark.task3
 @given(sequences(), cutoffs)
 def test_score_measures_what_it_says(x, cutoff):
     """Catches: detail and smooth swapped."""
     slow, tolerance = low_pass(x, cutoff), 16 * rounding(x)
-    torch.testing.assert_close(spectral_score(x, cutoff, "smooth"), slow.norm(dim=-1), rtol=0, atol=tolerance)
-    torch.testing.assert_close(
-        spectral_score(x, cutoff, "detail"), (x - slow).norm(dim=-1), rtol=0, atol=tolerance
+    why = '"smooth" scores the norm of what the filter passes: is "detail" meant, or another dimension filtered?'
+    close(spectral_score(x, cutoff, "smooth"), slow.norm(dim=-1), tolerance, why)
+    why = (
+        '"detail" scores the norm of x minus what the filter passes: is "smooth" meant, or another dimension?'
+    )
+    close(spectral_score(x, cutoff, "detail"), (x - slow).norm(dim=-1), tolerance, why)
+
+
+@pytest.mark.task3
+def test_prune_by_hand():
+    """Ones everywhere, but for two tokens that differ: these two are kept, then the lowest indices."""
+    x = torch.ones(1, 8, 2)
+    x[0, 2], x[0, 5] = torch.tensor([-1.0, 1.0]), torch.tensor([-1.0, -1.0])  # 5 differs most
+    for keep, want in ((0, []), (1, [5]), (2, [2, 5])):
+        got = spectral_prune(x, keep, 0.0)[0].tolist()
+        assert got == want, (
+            f"tokens 5 and 2 are the odd ones out, in this order; keep={keep} keeps {got}, expected {want}: the "
+            "*highest* scores are kept, and their positions are returned in ascending order"
+        )
+    got = spectral_prune(torch.ones(1, 8, 2), 3, 0.5)[0].tolist()
+    assert got == [0, 1, 2], (
+        f"all tokens alike, keep=3 keeps {got}: ties go to the lower index, by a stable sort"
     )
 
 
+@pytest.mark.task3
 @given(sequences(), cutoffs, st.sampled_from(["detail", "smooth"]), st.booleans(), st.data())
 def test_prune_keeps_the_highest_scores_in_order(x, cutoff, score, normalize, data):
     """Catches: unsorted positions, the lowest scores kept, ties to the higher index, a wrong count."""
     keep = data.draw(st.integers(0, x.shape[1]))
     chosen = spectral_prune(x, keep, cutoff, score, normalize)
-    assert chosen.shape == (len(x), keep) and chosen.dtype == torch.int64
+    shape = tuple(chosen.shape)
+    assert shape == (len(x), keep), f"keep={keep} of {len(x)} samples gives positions of shape {shape}"
+    assert chosen.dtype == torch.int64, f"positions are {chosen.dtype}, not int64"
     if keep == 0:
         return
     scores = spectral_score(torch.nn.functional.normalize(x, dim=-1) if normalize else x, cutoff, score)
     for row, values in zip(chosen.tolist(), scores.tolist(), strict=True):
         by_hand = sorted(range(len(values)), key=lambda i: (-values[i], i))[:keep]
-        assert row == sorted(by_hand), "not the highest scores, lower index first, in ascending order"
+        assert row == sorted(by_hand), (
+            f"scores {values}, keep={keep}: kept {row}, by hand {sorted(by_hand)}: the highest scores, on a tie the "
+            "lower index, and positions ascending"
+        )
 
 
+@pytest.mark.task3
 @given(
     st.integers(1, 40),
     st.lists(st.integers(-9, 9), min_size=1, max_size=4),
@@ -413,30 +659,44 @@ def test_prune_constant_signal_is_all_ties(N, token, cutoff, normalize, data):
     """Catches: rounding noise of the FFT that decides between tokens which are all alike."""
     keep = data.draw(st.integers(0, N))
     x = torch.tensor(token, dtype=torch.float32).expand(1, N, len(token))
-    assert spectral_prune(x, keep, cutoff, normalize=normalize).tolist() == [list(range(keep))]
+    got = spectral_prune(x, keep, cutoff, normalize=normalize).tolist()
+    assert got == [list(range(keep))], (
+        f"all tokens are alike, so the first {keep} are kept, not {got[0]}: does the score count what is below the "
+        "rounding error as 0, and is the sort stable?"
+    )
 
 
+@pytest.mark.task3
 @given(st.integers(8, 64), st.data())
 def test_prune_keeps_the_odd_one_out(N, data):
     """Catches: the filter's direction reversed. One token that the others do not predict has to survive."""
     odd = data.draw(st.integers(0, N - 1))
     x = torch.ones(1, N, 2)
     x[0, odd] = torch.tensor([-1.0, 3.0])
-    assert spectral_prune(x, 1, 0.5).tolist() == [[odd]]
+    got = spectral_prune(x, 1, 0.5).tolist()
+    assert got == [[odd]], (
+        f"token {odd} is unlike all others and has to survive; kept {got[0]}: filter reversed?"
+    )
     assert (
         odd not in spectral_prune(x, N // 2, 0.0, score="smooth", normalize=False).tolist()[0] or odd < N // 2
     )
 
 
+@pytest.mark.task3
 def test_one_huge_token_does_not_ring():
     """Why tokens are brought to norm 1: without that, the neighbours of a huge token look like detail."""
     x = torch.ones(1, 64, 4)
     x[0, 30] *= 1000  # the same direction as all others, only longer
     x[0, 50] = torch.tensor([1.0, -1.0, 1.0, -1.0])  # the one that really differs
-    assert 50 in spectral_prune(x, 2, 0.5)[0].tolist()
-    assert 50 not in spectral_prune(x, 2, 0.5, normalize=False)[0].tolist()
+    got = spectral_prune(x, 2, 0.5)[0].tolist()
+    assert 50 in got, (
+        f"token 50 has another direction and was lost to {got}: is every token brought to norm 1?"
+    )
+    got = spectral_prune(x, 2, 0.5, normalize=False)[0].tolist()
+    assert 50 not in got, "normalize=False must leave the lengths of the tokens as they are"
 
 
+@pytest.mark.task3
 def test_pruning_refuses_bad_input():
     x = torch.ones(1, 4, 2)
     for call, names in [
@@ -452,8 +712,12 @@ def test_pruning_refuses_bad_input():
     ]:
         with pytest.raises(ValueError) as error:
             call()
-        assert names in str(error.value)
-    assert spectral_prune(torch.ones(2, 0, 3), 0, 0.5).shape == (2, 0)
+        assert names in str(error.value), (
+            f"the message should name what is wrong, {names}; it is: {error.value}"
+        )
+    assert spectral_prune(torch.ones(2, 0, 3), 0, 0.5).shape == (2, 0), (
+        "0 of no tokens are 0 tokens, no error"
+    )
 
 
 @given(st.integers(2, 60))
@@ -694,6 +958,85 @@ def forward(model, rows, pixel_values, side="left", **kwargs):
     return model(**batch, pixel_values=pixel_values, **kwargs), batch["attention_mask"].bool()
 
 
+@pytest.mark.task4
+def test_select_by_hand():
+    """t v v v v t p: two of text, a picture of four, padding; a scheme that keeps the last tokens prunes."""
+    ones = torch.ones(1, 7, dtype=torch.bool)
+    visual = torch.tensor([[0, 1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    real = torch.tensor([[1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    positions = reference.Positions(visual, real, ones, 4, [1.0, 0.75, 0.75, 0.25, 0.0], 0, False)
+    seen = []
+
+    def last(x, keep):
+        seen.append((x[0, :, 0].tolist(), keep))
+        return torch.arange(x.shape[1] - keep, x.shape[1])[None]
+
+    hidden = torch.arange(7.0).view(1, 7, 1)
+    for layer, want in enumerate([[0, 1, 2, 3, 4, 5], [0, 2, 3, 4, 5], [0, 2, 3, 4, 5], [0, 4, 5], [0, 5]]):
+        got = positions.select(hidden, last)
+        assert got is not None and got.tolist() == [want], (
+            f"layer {layer} processes {None if got is None else got.tolist()}, expected {[want]}: all of the text, no "
+            "padding, and the visual tokens that the scheme kept, in ascending order; how many is a fraction of the "
+            "four that were *delivered*, not of those that are left"
+        )
+    assert seen == [([1, 2, 3, 4], 3), ([2, 3, 4], 1), ([4], 0)], (
+        f"the scheme was asked (tokens, keep) = {seen}: it sees the layer's input at the visual tokens that are left, "
+        "and is asked only where fewer are to be kept than are left"
+    )
+    assert positions.visual == [[4], [3], [3], [1], [0]], f"visual tokens per layer: {positions.visual}"
+    assert reference.Positions(~ones, ones, ones, 4, [1.0], 0, False).select(hidden, last) is None, (
+        "every position is processed: return None, so that nothing is gathered"
+    )
+
+
+@pytest.mark.task4
+@torch.no_grad()
+def test_one_layer_by_hand():
+    """What one layer gets and gives: what it processes is gathered, run as a short sequence, scattered back."""
+    model = tiny(attention="eager")  # which is handed a mask in any case
+    row, layers, seen = prompt(model, 1, "v", 5, 6), model.model.language_model.layers, []
+    S = len(row)
+
+    def look(module, args, kwargs):
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        K, mask, rotary = hidden.shape[1], kwargs["attention_mask"], kwargs["position_embeddings"]
+        # Here, because attention itself would fail next, with less to say about why.
+        assert mask is None or mask.shape[-2:] == (K, K), (
+            f"layer {len(seen)} runs on {K} rows with a mask of shape {tuple(mask.shape)}: the mask has to be made "
+            "anew for the short sequence"
+        )
+        assert rotary[0].shape[1] == K, (
+            f"layer {len(seen)} runs on {K} rows with {rotary[0].shape[1]} rotary positions: take those of its rows"
+        )
+        seen.append((K, rotary))
+
+    handles = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    with LUVC(model, LUVCConfig(vision_keep=1.0, llm_keep=[1, 0.5, 0.25, 0])) as luvc:
+        out, _ = forward(model, [row], pixels(1), output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    full = model.model.language_model.rotary_emb(out.hidden_states[0], position_ids=torch.arange(S)[None])
+    for layer, (K, rotary) in enumerate(seen):
+        at = luvc.kept[layer][0]
+        assert K == len(at), f"layer {layer} ran on {K} rows, expected {len(at)}: were the rows gathered?"
+        for got, table in zip(rotary, full, strict=True):
+            assert torch.equal(got[0], table[0, at]), (
+                f"layer {layer} has rotary positions that are not those of the logical sequence, {at.tolist()}: were "
+                "they renumbered?"
+            )
+    for layer, (before, after) in enumerate(itertools.pairwise(out.hidden_states[:-1])):
+        rest = [i for i in range(S) if i not in luvc.kept[layer][0].tolist()]
+        assert before.shape == after.shape, (
+            f"layer {layer} gave {tuple(after.shape)}: was the output scattered back?"
+        )
+        assert torch.equal(before[0, rest], after[0, rest]), (
+            f"layer {layer} changed rows that it did not process: a pruned token rides along as it is, and rows go "
+            "back to where they came from"
+        )
+        assert not torch.equal(before[0, -1], after[0, -1]), f"layer {layer} left the last row as it was"
+
+
+@pytest.mark.task4
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_off_is_bit_identical(kind, side):
@@ -704,7 +1047,9 @@ def test_off_is_bit_identical(kind, side):
     with LUVC(model, LUVCConfig(vision_keep=1.0, llm_keep=1.0)) as luvc:
         off, mask = forward(model, rows, pixels(3), side)
         report = luvc.report()
-    assert torch.equal(off.logits, plain.logits)
+    assert torch.equal(off.logits, plain.logits), (
+        "nothing is merged or pruned: run the layer as it is, all of it"
+    )
     assert report.flops_left == 1 and report.kv_bytes == report.kv_bytes_full > 0
     assert luvc.kept[LAYERS - 1][1].tolist() == mask[1].nonzero().flatten().tolist()
     ids = torch.tensor(rows[:1])
@@ -715,6 +1060,7 @@ def test_off_is_bit_identical(kind, side):
         )
 
 
+@pytest.mark.task4
 def test_off_asks_nothing_of_the_prompt():
     """Catches: checks that only pruning needs. A prompt that ends with a picture is fine for the plain model."""
     model = tiny()
@@ -732,6 +1078,7 @@ def hooks_of(model):
     }
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize("kind", KINDS)
 def test_detach_restores_the_model(kind):
     """Catches: hooks left behind."""
@@ -750,6 +1097,7 @@ def test_detach_restores_the_model(kind):
     )
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize(
     "where", ["model.language_model.layers.2.mlp", "model.vision_tower.encoder.layers.2.mlp"]
 )
@@ -778,6 +1126,7 @@ def test_exception_inside_the_forward(where):
     assert torch.equal(after.logits, plain.logits)
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -790,15 +1139,23 @@ def test_physical_equals_logical(kind, name, attention):
         out, _ = forward(model, [row], pixels(3))
         kept = [positions[0].tolist() for positions in luvc.kept]
     logits, want = dense(model_with(model, "sdpa"), row, pixels(3), config)  # eager has no boolean masks
-    assert kept == want
+    for layer, (got, by_hand) in enumerate(zip(kept, want, strict=True)):
+        assert got == by_hand, (
+            f"layer {layer} processed {got}, the reference {by_hand}: pruned by its own input?"
+        )
     text = [i for i, t in enumerate(row) if t != IMAGE]
-    torch.testing.assert_close(out.logits[0, text], logits[text], **CLOSE)
+    why = (
+        "the short sequence gives other logits than the full one with pruned tokens masked: are rotary positions "
+        "those of the logical sequence, is the mask made for the short one, do rows go back to where they were?"
+    )
+    torch.testing.assert_close(out.logits[0, text], logits[text], **CLOSE, msg=lambda diff: f"{why}\n{diff}")
     fractions = config.fractions(LAYERS)
     assert len(kept[-1]) == len(text) + 3 * math.floor(
         fractions[-1] * (len(want[0]) - len(text)) / 3 / fractions[0] + 0.5
     )
 
 
+@pytest.mark.task4
 def test_last_layer_processes_no_visual_token():
     model = tiny()
     row = prompt(model, 1, "v", 5, 6)
@@ -809,6 +1166,7 @@ def test_last_layer_processes_no_visual_token():
     assert all((positions[0].diff() > 0).all() for positions in luvc.kept)
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_generation_equals_recomputation(kind):
     """Catches: a cache that counts physical positions, rotary positions that jump, fillers that are attended to."""
@@ -824,11 +1182,18 @@ def test_cached_generation_equals_recomputation(kind):
             return_dict_in_generate=True,
         )
     logits, _ = dense(model, out.sequences, pixels(2), MERGED)
-    torch.testing.assert_close(torch.cat(out.logits), logits[len(row) - 1 : -1], **CLOSE)
+    why = "with a KV cache the logits differ from those without: does each layer note what it stores (`_mask` does)?"
+    torch.testing.assert_close(
+        torch.cat(out.logits), logits[len(row) - 1 : -1], **CLOSE, msg=lambda diff: f"{why}\n{diff}"
+    )
     assert torch.equal(out.sequences[0, len(row) :], logits[len(row) - 1 : -1].argmax(-1))
-    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    got, want = out.past_key_values.get_seq_length(), out.sequences.shape[1] - 1
+    assert got == want, (
+        f"the cache says {got} positions, expected {want}: it counts logical ones, not stored ones"
+    )
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_gives_what_its_samples_give(kind, side):
@@ -847,12 +1212,20 @@ def test_batch_gives_what_its_samples_give(kind, side):
         for b, (row, image) in enumerate(zip(rows, images, strict=True)):
             alone, _ = forward(model, [row], image)
             text = torch.tensor([t != IMAGE for t in row])
-            torch.testing.assert_close(out.logits[b, mask[b]][text], alone.logits[0, text], **CLOSE)
+            why = f"sample {b} depends on the others: are fillers hidden, is padding skipped?"
+            torch.testing.assert_close(
+                out.logits[b, mask[b]][text],
+                alone.logits[0, text],
+                **CLOSE,
+                msg=lambda difference, why=why: f"{why}\n{difference}",
+            )
             start = mask[b].nonzero()[0].item()
             for layer in range(LAYERS):
-                assert (kept[layer][b] - start).tolist() == luvc.kept[layer][0].tolist()
+                got, want = (kept[layer][b] - start).tolist(), luvc.kept[layer][0].tolist()
+                assert got == want, f"layer {layer}, sample {b}: {got} in the batch, {want} alone"
 
 
+@pytest.mark.task4
 def test_unequal_pictures_without_padding():
     """Catches: fillers that are seen where no padding mask hides them. Same length, but other numbers of pictures."""
     model = tiny()
@@ -864,9 +1237,12 @@ def test_unequal_pictures_without_padding():
         for row, image, got in zip(rows, (pixels(3)[:2], pixels(3)[2:]), both, strict=True):
             assert torch.equal(
                 model.generate(input_ids=torch.tensor([row]), pixel_values=image, **args)[0], got
+            ), (
+                "the answer changes with what else is in the batch: are fillers hidden once something follows them?"
             )
 
 
+@pytest.mark.task4
 def test_padded_generation_equals_single():
     model = tiny("siglip-qwen2")
     rows = [prompt(model, 1, "v", 5, "v", 7), prompt(model, 1, "v", 6, 7, 8), [1, 2, 3, 4]]
@@ -878,9 +1254,12 @@ def test_padded_generation_equals_single():
         for row, image, got in zip(rows, images, out, strict=True):
             more = {} if image is None else {"pixel_values": image}
             alone = model.generate(input_ids=torch.tensor([row]), **more, **args)
-            assert torch.equal(alone[0, len(row) :], got[-6:])
+            assert torch.equal(alone[0, len(row) :], got[-6:]), (
+                "the answer changes with what else is in the batch"
+            )
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize("args", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_beams_reorder_the_cache(args):
     """Catches: what is stored beside keys and values and not reordered with them."""
@@ -892,7 +1271,7 @@ def test_beams_reorder_the_cache(args):
     args |= {"max_new_tokens": 5, "do_sample": False, "pixel_values": pixels(2)}
     with LUVC(model, MERGED):
         cached, recomputed = (model.generate(**batch, **args, use_cache=use) for use in (True, False))
-    assert torch.equal(cached, recomputed)
+    assert torch.equal(cached, recomputed), "beams give another answer with the cache than without"
 
 
 def test_cache_layer_changes_with_its_batch():
@@ -913,6 +1292,7 @@ def test_cache_layer_changes_with_its_batch():
     assert (layer.get_seq_length(), reference.stored(layer), layer.real) == (0, 0, None)
 
 
+@pytest.mark.task4
 def test_sampling_equals_recomputation():
     model = tiny()
     ids = torch.tensor([prompt(model, 1, "v", 5)])
@@ -934,6 +1314,7 @@ def test_sampling_equals_recomputation():
     assert torch.equal(*out) and len({tuple(row) for row in out[0].tolist()}) > 1
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize("second", ["text", "picture"])
 def test_second_turn(second):
     """Catches: a second prefill that sees too little or too much of the first. The reference recomputes both turns."""
@@ -953,6 +1334,7 @@ def test_second_turn(second):
     assert kept == [[p for p in layer if p >= len(turn1)] for layer in want]
 
 
+@pytest.mark.task4
 def test_second_turn_of_a_padded_batch():
     """Catches: fillers of the first turn that the second one attends to."""
     model = tiny()
@@ -970,6 +1352,7 @@ def test_second_turn_of_a_padded_batch():
         torch.testing.assert_close(out.logits[b], logits[-2:], **CLOSE)
 
 
+@pytest.mark.task4
 def test_interleaved_conversations_do_not_mix():
     """Catches: state of one conversation kept in the wrapper instead of its cache. The caller's cache object works."""
     model = tiny()
@@ -987,6 +1370,7 @@ def test_interleaved_conversations_do_not_mix():
         torch.testing.assert_close(torch.cat(out), logits[-3:], **CLOSE)
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize("name", ["both", "pruner"])
 def test_cache_stores_what_the_report_says(name):
     """Catches: pruned keys that are stored all the same, and a report that is a formula instead of a measurement."""
@@ -1010,6 +1394,7 @@ def test_cache_stores_what_the_report_says(name):
     assert 0 < report.flops_left < 1 and "visual tokens, per decoder layer" in str(report)
 
 
+@pytest.mark.task4
 def test_flops_by_hand():
     model = tiny()
     row = prompt(model, 1, "v", 5, 6)
@@ -1024,6 +1409,7 @@ def test_flops_by_hand():
     assert luvc.report().flops_left == pytest.approx((2 * cost(n) + cost(18 + 3) + cost(3)) / (4 * cost(n)))
 
 
+@pytest.mark.task4
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_states_stay_logical(kind):
     """Catches: hooks in an order that shows callers the physical sequence."""
@@ -1042,6 +1428,7 @@ def test_hidden_states_stay_logical(kind):
             assert torch.equal(changed, kept[0]), "a pruned token must ride along as it is"
 
 
+@pytest.mark.task4
 def test_labels_and_gradients():
     model = tiny()
     ids = torch.tensor([prompt(model, 1, "v", 5, 6)])
@@ -1058,6 +1445,7 @@ def test_labels_and_gradients():
     assert loss.isfinite() and gradient.abs().sum() > 0
 
 
+@pytest.mark.task4
 def test_flash_attention_contract():
     """FlashAttention-2 takes no mask or a 2-D one, and reads gaps in position_ids as packed sequences. A
     probe with that contract, in plain torch, sees what it would see. Catches: a mask made where there was
@@ -1117,6 +1505,7 @@ def model_with(model, attention):
     return model
 
 
+@pytest.mark.task4
 def test_unsupported_models_and_double_attach():
     with pytest.raises(ValueError, match=r"'llama' is not supported.*\['llava'\]"):
         from transformers import LlamaForCausalLM
@@ -1157,6 +1546,7 @@ def test_unsupported_models_and_double_attach():
     assert hooks_of(model) == before
 
 
+@pytest.mark.task4
 def test_refused_calls_name_the_way_out():
     """Each is refused before anything is computed, and the next call is right."""
     model = tiny()
@@ -1402,5 +1792,335 @@ def test_bfloat16_flash_kernel_is_near_lossless(kind):
     assert outputs["bfloat16", "luvc"].argmax() == outputs["bfloat16", "plain"].argmax()
 
 
+# ======================================================================================================
+# 6. The assignment
+# ======================================================================================================
+#
+# The tests of sections 1 to 3 carry the latest task that they need, so a mistake in one task fails no test of an
+# earlier one. Tests without a task need no function that is taught, or the toy, or a GPU.
+
+TAUGHT = {  # function or Class.method -> (task, what is to be written); the order is that of luvc.py
+    "merge_axis": (1, "merge neighbouring tokens along one axis of the grid"),
+    "merge_plan": (2, "decide which axis merges at which step, and to how many tokens"),
+    "follow": (2, "say which token of the merged grid each original patch is in"),
+    "low_pass": (3, "keep the slow part of a sequence"),
+    "spectral_score": (3, "score each token by what the filter makes of it"),
+    "spectral_prune": (3, "return the positions of the tokens with the highest scores"),
+    "Positions.select": (4, "prune for the next layer and list the positions that it processes"),
+    "LUVC._run_layer": (4, "gather the rows that are kept, run the layer, scatter its output back"),
+}
+
+
+def assignment(source: str, tasks=(1, 2, 3, 4)) -> str:
+    """The source of luvc.py without the bodies of the functions taught in `tasks`; docstrings stay."""
+    found = {}
+    for node in ast.parse(source).body:
+        for part in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(part, ast.FunctionDef):
+                found[f"{node.name}.{part.name}" if part is not node else part.name] = part
+    lines = source.split("\n")  # as ast counts them, which splitlines does not
+    # The syntax tree only says where a body is: cutting lines leaves comments and formatting elsewhere as they are.
+    # From the end on, so that line numbers stay right.
+    for name, (task, what) in reversed(TAUGHT.items()):
+        if task in tasks:
+            function = found[name]
+            assert ast.get_docstring(function), f"{name} has no docstring to say what is to be written"
+            doc = function.body[0]
+            stub = f'{" " * doc.col_offset}raise NotImplementedError("Task {task}: {what}")'
+            lines[doc.end_lineno : function.end_lineno] = [stub]
+    return "\n".join(lines)
+
+
+def write_assignment(name: str) -> int:
+    """Write the student's file. Returns the exit code: 0, or 2 after one line about what was wrong."""
+    luvc, file = HERE / "luvc.py", Path(name)
+    try:
+        if file.resolve() == luvc:
+            raise ValueError("that is the reference itself; name another file")
+        with open(file, "x", encoding="utf-8") as stream:  # "x" never overwrites
+            stream.write(assignment(luvc.read_text(encoding="utf-8")))
+    except FileExistsError:
+        print(
+            f"test_luvc.py: error: --assignment {name}: exists already; nothing was written", file=sys.stderr
+        )
+        return 2
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"test_luvc.py: error: --assignment {name}: {reason}", file=sys.stderr)
+        return 2
+    print(
+        f"{name}: {len(TAUGHT)} functions to write; each raises NotImplementedError until then. To test task 1:"
+    )
+    print(f"    LUVC_MODULE={name} python -m pytest {os.path.relpath(HERE / 'test_luvc.py')} -m task1 -x")
+    return 0
+
+
+# Typical wrong solutions: task, text of luvc.py -> text instead, and what the first failure has to tell.
+WRONG = {
+    "the mean is not weighted": (
+        1,
+        """token * mass[..., None])
+    return (merged / total[..., None])""",
+        """token)
+    count = torch.zeros_like(total).scatter_add_(-1, parent, torch.ones_like(mass))
+    return (merged / count[..., None])""",
+        "is the mean weighted by size?",
+    ),
+    "sizes are not carried": (
+        1,
+        "total.to(size.dtype), parent",
+        "torch.ones_like(total, dtype=size.dtype), parent",
+        "was the absorbed token's size added?",
+    ),
+    "a run starts before the cut": (
+        1,
+        "scatter_(-1, cut + 1, 1)",
+        "scatter_(-1, cut, 1)",
+        "a new run starts behind the cut",
+    ),
+    "similar neighbours are cut": (
+        1,
+        "similar.sort(dim=-1, stable=True).indices",
+        "similar.sort(dim=-1, descending=True, stable=True).indices",
+        "least similar neighbours",
+    ),
+    "ties cut the higher index": (
+        1,
+        "similar.sort(dim=-1, stable=True).indices[..., : keep - 1]",
+        "W - 2 - similar.flip(-1).sort(dim=-1, stable=True).indices[..., : keep - 1]",
+        "lower index",
+    ),
+    "rows merge first": (
+        2,
+        "(2, 1)[step % 2]",
+        "(1, 2)[step % 2]",
+        "steps alternate 2 (along W), 1 (along H)",
+    ),
+    "each axis shrinks to all of keep": (
+        2,
+        "fraction = {2: keep if steps == 1 else math.sqrt(keep), 1: math.sqrt(keep)}",
+        "fraction = {2: keep, 1: keep}",
+        "shrinks to the square root",
+    ),
+    "rows and columns are mixed up": (
+        2,
+        """if axis == 1:
+        return moved * W + column""",
+        """if axis == 2:
+        return moved * W + column""",
+        "the flat index is row * W + column",
+    ),
+    "the old width counts the new grid": (
+        2,
+        "row * columns + moved",
+        "row * W + moved",
+        "W of the *new* grid",
+    ),
+    "the filter is reversed": (
+        3,
+        "spectrum.narrow(dim, passed, spectrum.shape[dim] - passed).zero_()",
+        "spectrum.narrow(dim, 0, passed).zero_()",
+        "are the low frequencies kept",
+    ),
+    "DC is not counted": (
+        3,
+        "passed = 1 + math.floor(",
+        "passed = math.floor(",
+        "of the 4 frequencies beside the mean",
+    ),
+    "the lowest scores are kept": (
+        3,
+        ".sort(dim=1, descending=True, stable=True)",
+        ".sort(dim=1, stable=True)",
+        "*highest* scores",
+    ),
+    "positions are not sorted": (
+        3,
+        "return order[:, :keep].sort(dim=1).values",
+        "return order[:, :keep]",
+        "ascending order",
+    ),
+    "fractions are counted from what is left": (
+        4,
+        "keep = math.floor(self.fractions[layer] * self.delivered + 0.5)",
+        "keep = math.floor(self.fractions[layer] * self.where.shape[1] + 0.5)",
+        "*delivered*",
+    ),
+    "the mask stays that of the full sequence": (
+        4,
+        """kwargs["attention_mask"] = self._mask(x, store, real=index < S if now.ragged() else None)""",
+        """self._mask(x, store, real=index < S if now.ragged() else None)""",
+        "the mask has to be made anew",
+    ),
+    "rotary positions are renumbered": (
+        4,
+        "at = index.clamp(max=S - 1)",
+        "at = torch.arange(index.shape[1], device=index.device).expand_as(index)",
+        "were they renumbered?",
+    ),
+    "pruned rows are overwritten": (
+        4,
+        "padded[rows, index] = plain(x, *args, **kwargs).to(hidden.device)",
+        "padded = torch.zeros_like(padded).index_put((rows, index), plain(x, *args, **kwargs))",
+        "rides along as it is",
+    ),
+    "rows go back to the front": (
+        4,
+        "padded[rows, index] = plain(x, *args, **kwargs).to(hidden.device)",
+        "padded[:, : x.shape[1]] = plain(x, *args, **kwargs)",
+        "back to where they came from",
+    ),
+}
+
+
+def task_of(test: str) -> int:
+    """The task of a test, 0 if it has none."""
+    marks = getattr(globals()[test.partition("[")[0]], "pytestmark", [])
+    return max((int(mark.name[4:]) for mark in marks if mark.name.startswith("task")), default=0)
+
+
+WITH_TASK = {name for name in list(globals()) if name.startswith("test_") and task_of(name)}
+
+
+def run_tasks(file: Path, last_task: int, *options: str) -> dict[str, str]:
+    """Test a student's file up to a task, as a student would. Returns test -> why it failed, "" if it passed."""
+    expression = " or ".join(f"task{task}" for task in range(1, last_task + 1))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(HERE / "test_luvc.py"),
+        "-m",
+        expression,
+        "-q",
+        "--tb=short",
+        *options,
+    ]
+    env = os.environ | {"LUVC_MODULE": file.name, "LUVC_PROFILE": "quick", "OMP_NUM_THREADS": "1"}
+    env.pop("PYTEST_ADDOPTS", None)
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--junitxml=report.xml"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=file.parent,
+        env=env,
+    )
+    assert f"testing {file.resolve()}\n" in done.stdout, done.stdout + done.stderr
+    outcome = {}
+    for case in xml.etree.ElementTree.parse(file.parent / "report.xml").iter("testcase"):
+        outcome[case.get("name")] = "\n".join(f"{part.get('message')}\n{part.text}" for part in case)
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """name -> run of the wrong solution or stub of that name. A run is mostly the import of transformers, so all
+    that were selected start at once, as many at a time as there are cores."""
+    source = (HERE / "luvc.py").read_text(encoding="utf-8")
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        started = {}
+        for item in request.session.items:
+            name = getattr(item, "callspec", None) and item.callspec.params.get("solution")
+            if name is None:
+                continue
+            if name in WRONG:
+                task, old, new, _ = WRONG[name]
+                text, options = source.replace(old, new), ["-x"]
+            else:
+                task, options = max(STUBS[name]), []
+                text = assignment(source, STUBS[name])
+            file = tmp_path_factory.mktemp("student") / "student.py"
+            file.write_text(text, encoding="utf-8")
+            started[name] = pool.submit(run_tasks, file, task, *options)
+        yield started
+        pool.shutdown(cancel_futures=True)  # after a failure under -x the rest is not waited for
+
+
+STUBS = {
+    "nothing is written": (1, 2, 3, 4),
+    **{f"all but task {task} is written": (task,) for task in (2, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("solution", STUBS)
+def test_stub_fails_its_tests_as_not_implemented(solution, runs):
+    """Catches: a test that passes without the function that it is about, or one that carries too late a task."""
+    outcome = runs[solution].result()
+    assert {name.partition("[")[0] for name in outcome} == {
+        name for name in WITH_TASK if task_of(name) <= max(STUBS[solution])
+    }
+    for test, why in outcome.items():
+        # Without anything, a test meets the first gap on its way; with all else written, its own.
+        raised = [task for task in STUBS[solution] if f"NotImplementedError: Task {task}: " in why]
+        if task_of(test) in STUBS[solution]:
+            assert raised and raised[0] <= task_of(test), f"{test} does not fail for lack of its task:\n{why}"
+        else:
+            assert not why, f"{test} fails for lack of a later task:\n{why}"
+
+
+@pytest.mark.parametrize("solution", WRONG)
+def test_wrong_solution_fails_its_own_task_first(solution, runs):
+    """Catches: tests that let a typical mistake through, blame an earlier task for it, or do not explain it."""
+    task, old, _, says = WRONG[solution]
+    count = (HERE / "luvc.py").read_text(encoding="utf-8").count(old)
+    assert count == 1, f"the text to replace occurs {count} times in luvc.py; bring it up to date:\n{old}"
+    *earlier, (last, why) = runs[solution].result().items()  # with -x the first failure is the last test
+    assert why and task_of(last) == task, f"{last}, of task {task_of(last)}, ended the run:\n{why}"
+    assert not any(failure for _, failure in earlier)
+    assert {name for name in WITH_TASK if task_of(name) < task} <= {
+        test.partition("[")[0] for test, _ in earlier
+    }
+    assert says in " ".join(why.split()), f"{last} does not say {says!r}:\n{why}"
+
+
+def test_assignment_is_luvc_without_the_bodies(tmp_path, capsys):
+    """Catches: docstrings or other code lost, hints left, a file of the student overwritten."""
+    source, file = (HERE / "luvc.py").read_text(encoding="utf-8"), tmp_path / "student.py"
+    assert main(["--assignment", str(file)]) == 0 and "-m task1" in capsys.readouterr().out
+    text = file.read_text(encoding="utf-8")
+    assert text == assignment(source)
+    difference = difflib.unified_diff(source.split("\n"), text.split("\n"), n=0, lineterm="")
+    stubs = [line for line in difference if line.startswith("+") and not line.startswith("+++")]
+    assert len(stubs) == len(TAUGHT) and all("raise NotImplementedError" in line for line in stubs), stubs
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    docs = [
+        {ast.get_docstring(node) for node in ast.walk(ast.parse(code)) if isinstance(node, kinds)}
+        for code in (source, text)
+    ]
+    assert docs[0] == docs[1], "a docstring was lost"
+    assert [task for task, _ in TAUGHT.values()] == sorted(task for task, _ in TAUGHT.values())
+    file.write_text("a week of work")
+    for name, says in [
+        (file, "exists already"),
+        (HERE / "luvc.py", "the reference itself"),
+        (tmp_path / "no folder" / "student.py", "No such file"),
+    ]:
+        assert main(["--assignment", str(name)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and says in lines[0], lines
+    assert file.read_text() == "a week of work" and (HERE / "luvc.py").read_text(encoding="utf-8") == source
+
+
+def test_missing_student_file_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUVC_MODULE", str(tmp_path / "nothing.py"))
+    with pytest.raises(
+        pytest.Collector.CollectError, match=r"LUVC_MODULE=.*nothing\.py: no such Python file"
+    ):
+        module_under_test()
+
+
+def main(argv: list[str]) -> int:
+    """`--assignment FILE` writes the student's file; everything else goes to pytest."""
+    parser = argparse.ArgumentParser(prog="test_luvc.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--assignment", metavar="FILE")
+    args, rest = parser.parse_known_args(argv)
+    if args.assignment is None:
+        return pytest.main([__file__, *rest])
+    if rest:
+        parser.error(f"--assignment takes one file and nothing else, not {' '.join(rest)}")
+    return write_assignment(args.assignment)
+
+
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))

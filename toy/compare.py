@@ -79,6 +79,8 @@ METHODS = [
     ("LUVC: OIM and SPU, the defaults", LUVCConfig()),
     ("OIM alone", LUVCConfig(llm_keep=1.0)),
     ("average pooling in place of OIM", LUVCConfig(llm_keep=1.0, merge=pool_axis)),
+    ("OIM alone, to 56 %", LUVCConfig(llm_keep=1.0, vision_keep=0.5625)),
+    ("average pooling, to 56 %", LUVCConfig(llm_keep=1.0, vision_keep=0.5625, merge=pool_axis)),
     ("SPU alone", LUVCConfig(vision_keep=1.0)),
     ("SPU reversed (keeps what is smooth)", LUVCConfig(vision_keep=1.0, score="smooth")),
     ("SPU without bringing tokens to norm 1", LUVCConfig(vision_keep=1.0, normalize=False)),
