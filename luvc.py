@@ -251,9 +251,8 @@ def spectral_score(x: Tensor, cutoff: float, keep: str = "detail") -> Tensor:
     Raises:
         ValueError: wrong rank, `keep` unknown, or what `low_pass` raises.
 
-    Source: the low-pass filter and position invariance are the paper's; scoring the residual is our choice
-        (the
-    README has the measurement of both directions).
+    Source: the low-pass filter and position invariance are the paper's; scoring the residual is our choice.
+    The README has the measurement of both directions.
     """
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, C)")
@@ -698,10 +697,10 @@ class LUVC:
     No attention map is read, and no mask is made where transformers would make none for the shorter sequence,
     so the flash kernels run. With everything off (`vision_keep=1.0, llm_keep=1.0`) results are bit-identical.
 
-    A second turn on the same KV cache works. It sees all text of the first turn, and of its pictures what
-    each layer has stored: everything in the first layers, nothing in the last. What the first turn did not
-    take from a picture is harder to ask for in the second; begin anew with the picture, or use a schedule
-    that does not end at zero. A new picture in the second turn is seen as in the first.
+    A second turn on the same KV cache works. It sees all text of the first turn and, in each layer, the
+    visual tokens that this layer kept: all in the first, none in the last. Where the picture stands
+    before the question, as usual, these do not depend on the question: a second one finds what the first one
+    found. Pruned tokens never come back. A new picture in the second turn is seen as in the first.
 
     Args:
         model: a Hugging Face VLM of a supported family (`LAYOUTS`).
@@ -870,7 +869,19 @@ class LUVC:
         cache.layers = [PrunedLayer() for _ in self.layout.decoder.layers]
 
     def _run_layer(self, number: int, plain: Callable, hidden: Tensor, *args, **kwargs) -> Tensor:
-        """Gather, run, scatter. `plain` is the layer's own forward, `hidden` (B, S, C) is logical."""
+        """Gather, run, scatter: one decoder layer on the positions that it processes.
+
+        Args:
+            number: which layer.
+            plain: the layer's own forward.
+            hidden: (B, S, C), the logical sequence.
+            kwargs: what transformers hands to a layer: attention_mask, position_embeddings (cos, sin), each
+                (B or 1, S, head size), position_ids, past_key_values.
+
+        Returns:
+            (B, S, C): processed positions updated, all others as they came. `select` says which ones are
+            processed (a filler has index S), `_mask` makes the mask and tells the KV cache what will come.
+        """
         now, cache = self._now, kwargs.get("past_key_values")
         store = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         index = now.select(hidden, self.config.prune) if now is not None else None

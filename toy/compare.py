@@ -137,7 +137,7 @@ def compare(model, processor, questions, methods=METHODS):
         left, last = 1.0, LUVC(model).layout.slots
         if report is not None:
             left = sum(report.visual_tokens) / (report.visual_full * len(report.visual_tokens))
-            last = report.visual_tokens[-1]
+            last = report.visual_tokens[-1] * LUVC(model).layout.slots // report.visual_full  # of one picture
         rows.append(
             {
                 "name": name,
