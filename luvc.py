@@ -1099,7 +1099,9 @@ def time_once(model, inputs, tokens: int = 4) -> tuple[float, float]:
 def ask(args: argparse.Namespace) -> tuple[dict, str]:
     """One question with and without LUVC: (the object that --json prints, the same as text)."""
     from PIL import Image
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # our own lines on stderr say what is going on
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
     config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep, cutoff=args.cutoff)
