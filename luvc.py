@@ -301,7 +301,7 @@ def spectral_prune(
 
 @dataclass(frozen=True)
 class LUVCConfig:
-    """What is merged and pruned, checked when it is made. The defaults and `LUVCConfig()` are the same.
+    """What is merged and pruned, checked when it is made.
 
     Every default is our choice: the paper's numbers were not available. See the README for the measurements.
 
