@@ -30,6 +30,8 @@ checkpointing, 4-D attention masks made by the caller. All of these are refused 
 """
 
 import argparse
+import copy
+import functools
 import itertools
 import json
 import math
@@ -169,15 +171,34 @@ def follow(token: Tensor, parent: Tensor, axis: int) -> Tensor:
     return row * columns + moved
 
 
+def centres(token: Tensor, tokens: int, W: int) -> Tensor:
+    """Where merged tokens are: the mean place of the patches that are in them.
+
+    Args:
+        token: (B, N) int64, the merged token that each original patch is in, as `follow` returns it.
+        tokens: how many merged tokens there are.
+        W: columns of the original grid.
+
+    Returns:
+        (B, tokens, 2) float32: row and column.
+
+    Source: our choice; the rotary position of a merged token in an encoder that has such.
+    """
+    B, N = token.shape
+    patch = torch.arange(N, device=token.device)
+    place = torch.stack([patch // W, patch % W], dim=-1).float().expand(B, N, 2)
+    count = place.new_zeros(B, tokens).scatter_add_(1, token, place.new_ones(B, N))
+    index = token[..., None].expand(B, N, 2)
+    return place.new_zeros(B, tokens, 2).scatter_add_(1, index, place) / count[..., None]
+
+
 def home_slots(token: Tensor, tokens: int, W: int) -> Tensor:
     """One original patch for each merged token: of its own patches the one nearest its centre of mass.
 
     Its own, so that no two tokens claim the same patch: the centre of a bent group can lie outside of it.
 
     Args:
-        token: (B, N) int64, the merged token that each original patch is in, as `follow` returns it.
-        tokens: how many merged tokens there are.
-        W: columns of the original grid.
+        token, tokens, W: as for `centres`.
 
     Returns:
         (B, tokens) int64: the flat index of the representing patch; on a tie the lowest.
@@ -187,10 +208,8 @@ def home_slots(token: Tensor, tokens: int, W: int) -> Tensor:
     B, N = token.shape
     patch = torch.arange(N, device=token.device).expand(B, N)
     place = torch.stack([patch // W, patch % W], dim=-1).float()  # (B, N, 2): row and column
-    count = place.new_zeros(B, tokens).scatter_add_(1, token, place.new_ones(B, N))
-    index = token[..., None].expand(B, N, 2)
-    centre = place.new_zeros(B, tokens, 2).scatter_add_(1, index, place) / count[..., None]
-    distance = (place - centre.gather(1, index)).square().sum(-1)  # (B, N)
+    own_centre = centres(token, tokens, W).gather(1, token[..., None].expand(B, N, 2))
+    distance = (place - own_centre).square().sum(-1)  # (B, N)
     nearest = distance.new_full((B, tokens), torch.inf).scatter_reduce_(1, token, distance, "amin")
     candidate = torch.where(distance == nearest.gather(1, token), patch, N)
     return patch.new_full((B, tokens), N).scatter_reduce_(1, token, candidate, "amin")
@@ -294,6 +313,24 @@ def spectral_prune(
     return order[:, :keep].sort(dim=1).values
 
 
+def inherit(size: Tensor, kept: Tensor) -> Tensor:
+    """Pass the sizes of pruned tokens on: each to the nearest token that is kept, on a tie to the earlier.
+
+    Args:
+        size: (B, N), how many original tokens each token stands for.
+        kept: (B, K) int64, the tokens that stay, ascending, without repeats, K >= 1.
+
+    Returns:
+        (B, K): the sizes of the tokens that stay; a row sums to what it summed to before.
+
+    Source: our choice (see `LUVCConfig.sizes`).
+    """
+    middle = (kept[:, :-1] + kept[:, 1:]) // 2  # the last token that is nearer to its left neighbour
+    starts = torch.zeros_like(size, dtype=torch.int64).scatter_(1, middle + 1, 1)
+    heir = starts.cumsum(1)  # 0 0 1 1 1 2 ...: the kept token that each token's size goes to
+    return size.new_zeros(kept.shape).scatter_add_(1, heir, size)
+
+
 # ======================================================================================================
 # 3. Settings
 # ======================================================================================================
@@ -326,6 +363,10 @@ class LUVCConfig:
     score: str | Callable[[Tensor, int], Tensor] = "detail"
     """"detail" keeps what the filter removes, "smooth" what it passes. For ablations and for schemes of your
     own: a function (x (B, N, C), keep) -> (B, keep) ascending positions, as `spectral_prune` returns them."""
+
+    sizes: bool = True
+    """Let a token weigh as much in the LLM's attention as the patches that it stands for: those merged into
+    it, and those pruned next to it. False: every token weighs the same."""
 
     normalize: bool = True
     """Bring every token to norm 1 before the filter. False: the raw hidden states."""
@@ -392,14 +433,427 @@ class LUVCConfig:
 #     layer 5   | t t v . v . . v v . t t t |      what the layer computes is a shorter causal sequence;
 #     last one  | t t . . . . . . . . t t t |      rotary positions are those of the logical sequence
 #
-# The encoder has fewer places to hide: after the projector each merged token is written into one of the slots
-# of its own patches (`home_slots`), so that the number of placeholders in the prompt stays what model and
-# processor expect. The other slots are *dead*: they hold zeros, and no decoder layer ever processes them, not
-# even the first. Zeros instead of a list kept somewhere, because features travel: `generate` computes them
-# ahead, repeats them for beams.
+# The encoder has fewer places to hide. After the projector each merged token is written into one of the slots
+# that it stands for (`home_slots`), so that the number of placeholders in the prompt stays what model and
+# processor expect. The other slots are *dead*: no decoder layer ever processes them, not even the first.
+# Instead of a feature a dead slot holds a *signpost*, how far away its token's slot is. Signposts instead of
+# a list kept somewhere, because features travel: `generate` computes them ahead, and repeats them for beams.
 
 from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.vision_utils import get_vision_window_index  # noqa: E402
+
+# ---- 4.1 Layouts: where the parts of a family of models are ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What LUVC has to know about a model. A new family is a function that fills this in, in `LAYOUTS`.
+
+    A *slot* is a placeholder in input_ids, to be replaced by one visual token. It stands for `unit` x `unit`
+    patches of the encoder, which patch mergers and pixel shuffles join behind it. The merger merges whole
+    slots, each patch with the patch in the same corner of the neighbour: so grids of patches stay even, and
+    two equal slots merge into what each of them was. (Our choice.)
+    """
+
+    base: nn.Module  # its forward sees input_ids
+    decoder: nn.Module  # the LLM without its head
+    vision: nn.Module  # the vision encoder
+    blocks: Sequence[nn.Module]  # of the vision encoder
+    projector: nn.Module  # encoder channels -> LLM channels, one row per slot
+    visual_ids: tuple[int, ...]  # the placeholders: pictures, then videos
+    used_blocks: int  # how many blocks run before the features are taken
+    H: int = 0  # slots of one picture or tile; 0: `grid_thw` says it in every call
+    W: int = 0
+    unit: int = 1  # a slot is unit x unit patches
+    prefix: int = 0  # tokens in front of the grid inside the encoder (CLS)
+    slots_prefix: int = 0  # how many of these also reach the LLM
+    packed: bool = (
+        False  # (patches, C), slot by slot, with rotary positions; else (tiles, prefix + patches, C)
+    )
+    square: bool = False  # the model takes the square root of the number of patches for the side of the grid
+    clips: bool = False  # a video is one run of placeholders, frame after frame, instead of a run per frame
+    deepstack: Sequence[nn.Module] = ()  # projectors of features for the LLM's first layers
+    no_merger: str = ""  # why merging is refused
+
+    @property
+    def slots(self) -> int:
+        """Placeholders of one picture or tile in input_ids."""
+        return self.slots_prefix + self.H * self.W
+
+
+def llava_layout(model: nn.Module) -> Layout:
+    """LLaVA, LLaVA-NeXT, LLaVA-OneVision: CLIP or SigLIP tower, one feature layer, with or without CLS."""
+    config, base = model.config, model.base_model
+    vision, clip = config.vision_config, "clip_vision_model"
+    if vision.model_type not in (clip, "siglip_vision_model"):
+        raise ValueError(f"vision tower {vision.model_type!r} is not supported; for LLaVA, CLIP or SigLIP")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"vision_feature_layer={config.vision_feature_layer} must be a single layer")
+    prefix, full = int(vision.model_type == clip), config.vision_feature_select_strategy == "full"
+    if not full and not prefix:
+        raise ValueError('vision_feature_select_strategy="default" drops CLS; SigLIP has none, so set "full"')
+    blocks = getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers
+    side, tiles = vision.image_size // vision.patch_size, config.model_type != "llava"
+    return Layout(
+        base=base,
+        decoder=base.language_model,
+        vision=base.vision_tower,
+        blocks=blocks,
+        projector=base.multi_modal_projector,
+        visual_ids=(config.image_token_id, getattr(config, "video_token_id", config.image_token_id)),
+        # hidden_states[0] are the embeddings, hidden_states[i] is what block i - 1 returns.
+        used_blocks=config.vision_feature_layer % (len(blocks) + 1),
+        H=side,
+        W=side,
+        prefix=prefix,
+        slots_prefix=prefix if full else 0,
+        no_merger="it crops, shrinks or rearranges its tiles after the projector" if tiles else "",
+    )
+
+
+def internvl_layout(model: nn.Module) -> Layout:
+    """InternVL: tiles with CLS; a pixel shuffle makes one slot of 2 x 2 patches."""
+    config, base, vision = model.config, model.base_model, model.config.vision_config
+    unit, blocks = round(1 / config.downsample_ratio), base.vision_tower.encoder.layer
+    return Layout(
+        base=base,
+        decoder=base.language_model,
+        vision=base.vision_tower,
+        blocks=blocks,
+        projector=base.multi_modal_projector,
+        visual_ids=(config.image_token_id,),
+        used_blocks=config.vision_feature_layer % (len(blocks) + 1),
+        H=vision.image_size[0] // vision.patch_size[0] // unit,
+        W=vision.image_size[1] // vision.patch_size[1] // unit,
+        unit=unit,
+        prefix=1,
+        square=True,
+    )
+
+
+def idefics_layout(model: nn.Module) -> Layout:
+    """Idefics3, SmolVLM: SigLIP-like tower without CLS; a pixel shuffle inside of the connector."""
+    config, base, vision = model.config, model.base_model, model.config.vision_config
+    side = vision.image_size // vision.patch_size // config.scale_factor
+    return Layout(
+        base=base,
+        decoder=base.text_model,
+        vision=base.vision_model,
+        blocks=base.vision_model.encoder.layers,
+        projector=base.connector,
+        visual_ids=(config.image_token_id,),
+        used_blocks=len(base.vision_model.encoder.layers),
+        H=side,
+        W=side,
+        unit=config.scale_factor,
+        square=True,
+    )
+
+
+def qwen_layout(model: nn.Module) -> Layout:
+    """Qwen2-VL, Qwen2.5-VL (some blocks attend within windows), Qwen3-VL (DeepStack, a run per frame)."""
+    config, base = model.config, model.base_model
+    return Layout(
+        base=base,
+        decoder=base.language_model,
+        vision=base.visual,
+        blocks=base.visual.blocks,
+        projector=base.visual.merger,
+        visual_ids=(config.image_token_id, config.video_token_id),
+        used_blocks=len(base.visual.blocks),
+        unit=config.vision_config.spatial_merge_size,
+        packed=True,
+        clips=config.model_type != "qwen3_vl",
+        deepstack=getattr(base.visual, "deepstack_merger_list", ()),
+    )
+
+
+LAYOUTS: dict[str, Callable[[nn.Module], Layout]] = {
+    **dict.fromkeys(["llava", "llava_next", "llava_onevision"], llava_layout),
+    "internvl": internvl_layout,
+    **dict.fromkeys(["idefics3", "smolvlm"], idefics_layout),
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], qwen_layout),
+}
+DECODERS = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+
+
+def find_layout(model: nn.Module) -> Layout:
+    """The layout of a model.
+
+    Raises:
+        ValueError: the model is of no supported family, or uses something that LUVC cannot work with.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{kind!r} is an encoder-decoder: its LLM has no visual tokens; use a decoder-only VLM"
+        )
+    text = config.get_text_config() if config is not None else None
+    sliding = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
+    kinds = set(getattr(text, "layer_types", None) or sliding)
+    if kinds != {"full_attention"}:
+        kinds = sorted(kinds - {"full_attention"})
+        raise ValueError(f"{kind!r} has decoder layers of kind {kinds}; use a model with full attention only")
+    if kind not in LAYOUTS:
+        raise ValueError(f"{kind!r} is not supported; use a VLM of the families {sorted(LAYOUTS)}")
+    layout = LAYOUTS[kind](model)
+    text = layout.decoder.config
+    if text.model_type not in DECODERS:
+        raise ValueError(f"decoder {text.model_type!r} is not supported; use one of {sorted(DECODERS)}")
+    attention = text._attn_implementation
+    if attention == "flex_attention" or attention not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(f"attention {attention!r} is not supported; use sdpa, flash_attention_2 or eager")
+    return layout
+
+
+# ---- 4.2 What one call of the vision encoder merges --------------------------------------------------
+
+
+class Grids:
+    """The pictures of one call of the vision encoder, and how far they are merged.
+
+    Args:
+        layout, config: of the model, of LUVC.
+        shapes: one (n, H, W) per picture: n frames or tiles that share a grid of H x W slots.
+        device: where the encoder is.
+    """
+
+    def __init__(self, layout: Layout, config: LUVCConfig, shapes: list[tuple[int, int, int]], device):
+        self.layout, self.config, self.shapes = layout, config, shapes
+        self.plans = [merge_plan(H, W, config.vision_keep, config.vision_steps) for _, H, W in shapes]
+        self.size = [torch.ones(shape, device=device) for shape in shapes]
+        self.token = [torch.arange(H * W, device=device).expand(n, -1) for n, H, W in shapes]
+        self.arrange()
+        self.full_order = self.order
+
+    def arrange(self) -> None:
+        """Where frames and windows end in a packed sequence, and in which order windows want the slots."""
+        self.order, layout = None, self.layout
+        if not layout.packed:
+            return
+        shapes, patches = [tuple(size.shape) for size in self.size], layout.unit**2
+        frames = [h * w * patches for n, h, w in shapes for _ in range(n)]
+        device, vision = self.size[0].device, layout.vision
+        self.frame_ends = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32, device=device)
+        if hasattr(vision, "fullatt_block_indexes"):
+            thw = torch.tensor([(n, h * layout.unit, w * layout.unit) for n, h, w in shapes])
+            order, ends = get_vision_window_index(thw, layout.unit, vision.window_size, vision.patch_size)
+            self.order, self.window_ends = order.to(device), ends.to(device)
+
+    def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
+        """Tokens as the model has them -> one grid (n, h, w, unit * unit * C) per picture."""
+        if self.layout.packed:
+            x = x.reshape(-1, unit * unit * x.shape[-1])
+            if self.order is not None:
+                x = x[self.order.argsort()]
+            parts = x.split([size.numel() for size in self.size])
+            return [part.view(*size.shape, -1) for part, size in zip(parts, self.size, strict=True)]
+        n, h, w = self.size[0].shape
+        if x.shape[1] != prefix + h * w * unit * unit:
+            raise ValueError(
+                f"the encoder has {x.shape[1]} tokens where merging leaves {prefix + h * w * unit * unit}; "
+                "feature layer, feature strategy and picture size must be those of the model's config"
+            )
+        x = x[:, prefix:].reshape(n, h, unit, w, unit, -1)
+        return [x.transpose(2, 3).reshape(n, h, w, -1)]
+
+    def join(self, grids: list[Tensor], unit: int, head: Tensor) -> Tensor:
+        """The inverse of `split`; `head` holds the tokens of the prefix, which only tiles have."""
+        if self.layout.packed:
+            x = torch.cat([grid.flatten(0, 2) for grid in grids])
+            x = x if self.order is None else x[self.order]
+            return x.reshape(len(x) * unit * unit, -1)
+        n, h, w, _ = grids[0].shape
+        x = grids[0].reshape(n, h, w, unit, unit, -1).transpose(2, 3)
+        return torch.cat([head, x.reshape(n, h * w * unit * unit, -1)], dim=1)
+
+    def merge(self, hidden: Tensor, step: int) -> Tensor:
+        """One step of the plan, for all pictures: encoder tokens -> fewer encoder tokens."""
+        unit, prefix = self.layout.unit, self.layout.prefix
+        grids = self.split(hidden, unit, prefix)
+        for i, x in enumerate(grids):
+            axis, *left = self.plans[i][step]
+            size, token = self.size[i].to(x.device), self.token[i].to(x.device)
+            grids[i], self.size[i], parent = self.config.merge(x, size, left[axis - 1], axis)
+            self.token[i] = follow(token, parent, axis)
+        self.arrange()
+        return self.join(grids, unit, hidden[:, :prefix])
+
+    def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the merged tokens: a position is the mean over the patches that were merged."""
+        unit, at = self.layout.unit, []
+        corner = torch.cartesian_prod(*[torch.arange(unit, device=hidden.device)] * 2).view(-1, 2)
+        for size, token, (_, _, W) in zip(self.size, self.token, self.shapes, strict=True):
+            centre = centres(token.to(hidden.device), size[0].numel(), W)  # (n, h * w, 2), in slots
+            at.append((centre[:, :, None] * unit + corner).flatten(0, 1))  # (slots, corners, 2), in patches
+        at = torch.cat(at)
+        at = at if self.order is None else at[self.order]
+        return self.layout.vision.rotary_pos_emb(hidden, at.flatten(0, 1))
+
+    def deliver(self, features: Tensor) -> Tensor:
+        """One row per merged token -> one row per slot: tokens in their home slots, signposts elsewhere."""
+        prefix = self.layout.slots_prefix
+        grids = self.split(features, 1, prefix)
+        for i, (n, H, W) in enumerate(self.shapes):
+            x, token = grids[i].flatten(1, 2), self.token[i].to(features.device)  # (n, h * w, C), (n, H * W)
+            home = home_slots(token, x.shape[1], W)
+            away = home.gather(1, token) - torch.arange(H * W, device=x.device)
+            # Two digits of base 256, which every floating dtype holds exactly.
+            digits = torch.stack([away.div(256, rounding_mode="floor"), away.remainder(256)], dim=-1)
+            slots = nn.functional.pad(digits.to(x.dtype), (0, x.shape[2] - 2))  # (n, H * W, C)
+            slots = slots.scatter(1, home[..., None].expand_as(x), x)
+            grids[i] = slots.view(n, H, W, -1)
+        self.order = self.full_order
+        return self.join(grids, 1, features[:, :prefix])
+
+    def spread(self, features: Tensor) -> Tensor:
+        """DeepStack: one row per merged token -> one row per slot, each that of its token so far."""
+        grids = self.split(features, 1, 0)
+        for i, (n, H, W) in enumerate(self.shapes):
+            token = self.token[i].to(features.device)[..., None].expand(-1, -1, features.shape[-1])
+            grids[i] = grids[i].flatten(1, 2).gather(1, token).view(n, H, W, -1)
+        return self.join(grids, 1, features[:0])
+
+
+def read_signposts(embeds: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    """What `Grids.deliver` wrote: which positions are alive, and how many slots each one stands for.
+
+    Args:
+        embeds: (B, S, C), the input of the LLM.
+        visual: (B, S) bool, the slots.
+
+    Returns:
+        alive: (B, S) bool, False for dead slots.
+        size: (B, S) float32, 1 for text, 0 for dead slots.
+    """
+    alive = ~visual | (embeds[..., 2:] != 0).any(-1)
+    away = (embeds[..., 0].float() * 256 + embeds[..., 1].float()).masked_fill(alive, 0.0)
+    home = torch.arange(embeds.shape[1], device=embeds.device) + away.long()
+    return alive, torch.zeros_like(away).scatter_add_(1, home, torch.ones_like(away))
+
+
+# ---- 4.3 What one forward call of the LLM processes --------------------------------------------------
+
+
+class Positions:
+    """Which logical positions of one forward call each decoder layer processes, for each sample of a batch.
+
+    Padding is never processed. A *run* is what stands together in a prompt: a picture, or the frames of a
+    clip. Every picture and every frame loses the same fraction, and is filtered by itself. How *many*
+    positions are processed is known on the host from the start, so no layer has to wait for the device;
+    *which* ones is decided on the device, when a layer's input is there.
+
+    Args:
+        visual: (B, S) integer, 1 for slots of pictures, 2 for slots of clips, 0 for text.
+        real: (B, S) bool, False for padding.
+        alive: (B, S) bool, False for the dead slots that merging leaves.
+        size: (B, S) float, how many slots each position stands for.
+        frames: how many frames each clip has, in the order of the prompt.
+        fractions: of a picture's visual tokens, one per decoder layer.
+        start: positions seen before, P.
+
+    Raises:
+        ValueError: a prompt that ends with a picture, if anything is pruned or merged.
+    """
+
+    def __init__(
+        self,
+        visual: Tensor,
+        real: Tensor,
+        alive: Tensor,
+        size: Tensor,
+        frames: Sequence[int],
+        fractions: list[float],
+        start: int,
+    ):
+        (B, self.S), device, frames = visual.shape, visual.device, iter(frames)
+        # Here the host waits for the device, once; all that follows in this constructor happens on the host.
+        visual, real, alive = torch.stack(
+            [visual.to(torch.int8), real.to(torch.int8), alive.to(torch.int8)]
+        ).cpu()
+        visual = visual * real
+        pieces: dict[int, list[tuple[int, Tensor]]] = {}  # how many tokens -> (sample, their positions)
+        for b in range(B):
+            slots = visual[b].nonzero()[:, 0]
+            for run in slots.tensor_split((slots.diff() > 1).nonzero()[:, 0] + 1):
+                if len(run) and run[-1] == real[b].nonzero()[-1] and (fractions[-1] < 1 or not alive.all()):
+                    # A prompt's last position speaks the next word, so it has to live to the last layer.
+                    raise ValueError(f"sample {b} ends with a picture; put text behind it")
+                clip = len(run) and visual[b, run[0]] == 2
+                for piece in run.tensor_split(next(frames, 1) if clip else 1):
+                    piece = piece[alive[b, piece].bool()]
+                    pieces.setdefault(len(piece), []).append((b, piece))
+        pieces.pop(0, None)
+        self.fractions, self.start = fractions, start
+        self.texts = ((visual == 0) & (real == 1)).sum(1).tolist()
+        self.slots = (visual > 0).sum(1).tolist()
+        self.delivered = list(pieces)  # pictures that deliver equally many tokens are one group
+        self.samples = [[b for b, _ in group] for group in pieces.values()]
+        self.rows = [torch.tensor(samples, device=device)[:, None] for samples in self.samples]
+        self.where = [torch.stack([p for _, p in group]).to(device) for group in pieces.values()]
+        self.keep = ((visual == 0) & (real == 1)).to(device)  # (B, S) bool: what the current layer processes
+        for rows, where in zip(self.rows, self.where, strict=True):
+            self.keep[rows, where] = True
+        self.size = nn.functional.pad(size, (0, 1), value=1.0)  # (B, S + 1): a spare column for fillers
+        self.index: list[Tensor | None] = []  # what `select` returned, per layer so far
+        self.sizes: list[Tensor] = []  # (B, K or S): what each of these stands for, per layer so far
+        self.visual: list[list[int]] = []  # visual tokens processed, per layer so far and sample
+        self.totals: list[int] = []  # positions processed by the latest layer, per sample
+
+    def select(self, hidden: Tensor, prune: Callable[[Tensor, int], Tensor]) -> Tensor | None:
+        """Prune for the next layer, whose logical input is `hidden` (B, S, C).
+
+        Returns:
+            (B, K) int64, the positions that it processes, ascending, filled up at the end with S where a
+            sample has fewer than others; None if it processes every position of every sample.
+        """
+        layer, device = len(self.index), hidden.device
+        self.keep, self.size, changed = self.keep.to(device), self.size.to(device), layer == 0
+        self.visual.append([0] * len(self.texts))
+        for g, (rows, where) in enumerate(zip(self.rows, self.where, strict=True)):
+            keep = math.floor(self.fractions[layer] * self.delivered[g] + 0.5)
+            for b in self.samples[g]:
+                self.visual[-1][b] += keep
+            if keep == where.shape[1]:
+                continue
+            changed, rows, where = True, rows.to(device), where.to(device)
+            kept = prune(hidden[rows, where], keep)  # (pictures, keep)
+            self.keep[rows, where] = False
+            self.rows[g], self.where[g] = rows, where.gather(1, kept)
+            self.keep[rows, self.where[g]] = True
+            if keep:
+                self.size[rows, self.where[g]] = inherit(self.size[rows, where], kept)
+        if changed:
+            self.totals = [text + visual for text, visual in zip(self.texts, self.visual[-1], strict=True)]
+            every = torch.arange(self.S, device=device)
+            index = torch.where(self.keep, every, self.S).sort(dim=1).values[:, : max(self.totals)]
+            self.index.append(None if min(self.totals) == self.S else index)
+            self.sizes.append(self.size.gather(1, index))
+        else:
+            self.index.append(self.index[-1])
+            self.sizes.append(self.sizes[-1])
+        return self.index[-1]
+
+    def ragged(self) -> bool:
+        """Do the samples differ in how many positions the latest layer processes?"""
+        return len(set(self.totals)) > 1
+
+    def kept(self, what: str) -> list[list[Tensor]]:
+        """Per layer and sample, 1-D and in order: the "positions" that were processed, or their "sizes"."""
+        every, answer = torch.arange(self.S, device=self.keep.device).expand(len(self.texts), -1), []
+        for index, sizes in zip(self.index, self.sizes, strict=True):
+            index = every if index is None else index
+            values = index + self.start if what == "positions" else sizes
+            answer.append([v[i < self.S] for v, i in zip(values, index, strict=True)])
+        return answer
+
+
+# ---- 4.4 The KV cache, and attention in which tokens have sizes --------------------------------------
+
+EXTRA = 8  # channels that a key gets for its size; one would do, but kernels want head sizes in steps of 8
 
 
 def stored(layer) -> int:
@@ -421,6 +875,9 @@ class PrunedLayer(DynamicLayer):
         super().__init__()
         self.seen = 0  # logical length
         self.real = None  # (B, stored) bool, False for fillers; None as long as there are none
+        self.bias = (
+            None  # (B, columns), what is added to the logits of the keys that come next, over the scale
+        )
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -437,6 +894,13 @@ class PrunedLayer(DynamicLayer):
         before = known.new_ones(len(known), stored(self)) if self.real is None else self.real
         after = known.new_ones(len(known), columns) if real is None else real
         self.real = torch.cat([before, after], dim=1)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.bias is not None:  # see `sized_attention`
+            key_states = nn.functional.pad(key_states, (0, EXTRA))
+            key_states[..., -EXTRA] = self.bias[:, None].to(key_states.dtype)
+            value_states = nn.functional.pad(value_states, (0, EXTRA))
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:
         super().reset()
@@ -462,190 +926,28 @@ class PrunedLayer(DynamicLayer):
         self._change(lambda t: t[indices.to(t.device)])
 
 
-# ---- 4.1 Layouts: where the parts of a family of models are ------------------------------------------
+def sized_attention(module, query, key, value, attention_mask, **kwargs):
+    """Any attention of transformers, in which a key of size s weighs as much as s equal keys of size 1.
 
-
-@dataclass(frozen=True)
-class Layout:
-    """What LUVC has to know about a model. A new family is a function that fills this in, in `LAYOUTS`."""
-
-    base: nn.Module  # its forward sees input_ids
-    blocks: Sequence[nn.Module]  # of the vision encoder
-    used_blocks: int  # how many of them run before the features are taken
-    projector: nn.Module  # encoder channels -> LLM channels
-    decoder: nn.Module  # the LLM without its head
-    image_token: int  # id of the placeholder that input_ids holds once per slot
-    H: int  # token grid of one picture
-    W: int
-    prefix: int  # tokens in front of the grid inside the encoder (CLS)
-    slots_prefix: int  # how many of these also reach the LLM
-
-    @property
-    def slots(self) -> int:
-        """Placeholders of one picture in input_ids: what the plain model's encoder delivers."""
-        return self.slots_prefix + self.H * self.W
-
-
-def llava_layout(model: nn.Module) -> Layout:
-    """LLaVA: CLIP or SigLIP tower, one feature layer, with or without CLS, a Llama or Qwen2 decoder."""
-    config, base = model.config, model.base_model
-    vision, text, clip = config.vision_config, config.text_config, "clip_vision_model"
-    if vision.model_type not in (clip, "siglip_vision_model"):
-        raise ValueError(f"vision tower {vision.model_type!r} is not supported; for LLaVA, CLIP or SigLIP")
-    if text.model_type not in ("llama", "qwen2"):
-        raise ValueError(f"decoder {text.model_type!r} is not supported; for LLaVA, Llama or Qwen2")
-    if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(f"vision_feature_layer={config.vision_feature_layer} must be a single layer")
-    prefix, full = int(vision.model_type == clip), config.vision_feature_select_strategy == "full"
-    if not full and not prefix:
-        raise ValueError('vision_feature_select_strategy="default" drops CLS; SigLIP has none, so set "full"')
-    blocks = getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers
-    side = vision.image_size // vision.patch_size
-    return Layout(
-        base=base,
-        blocks=blocks,
-        # hidden_states[0] are the embeddings, hidden_states[i] is what block i - 1 returns.
-        used_blocks=config.vision_feature_layer % (len(blocks) + 1),
-        projector=base.multi_modal_projector,
-        decoder=base.language_model,
-        image_token=config.image_token_id,
-        H=side,
-        W=side,
-        prefix=prefix,
-        slots_prefix=prefix if full else 0,
-    )
-
-
-LAYOUTS: dict[str, Callable[[nn.Module], Layout]] = {"llava": llava_layout}
-
-
-def find_layout(model: nn.Module) -> Layout:
-    """The layout of a model.
-
-    Raises:
-        ValueError: the model is of no supported family, or uses something that LUVC cannot work with.
+    That is softmax(q k' * scale + log s). The sum rides along in the product, as one more channel of each
+    head, q' = [q, 1] and k' = [k, log(s) / scale], so that fused kernels see ordinary queries and keys.
+    Our choice: without it, whatever reads proportions of a picture is misled by what was merged or pruned.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in LAYOUTS:
-        raise ValueError(f"{kind!r} is not supported; LUVC needs a VLM of the families {sorted(LAYOUTS)}")
-    layout = LAYOUTS[kind](model)
-    attention = layout.decoder.config._attn_implementation
-    if attention == "flex_attention" or attention not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise ValueError(f"attention {attention!r} is not supported; use sdpa, flash_attention_2 or eager")
-    kinds = set(getattr(layout.decoder.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"decoder layers of kind {sorted(kinds)} are not supported; only full attention is")
-    return layout
+    ours, channels = module.config, query.shape[-1]
+    query = nn.functional.pad(nn.functional.pad(query, (0, 1), value=1.0), (0, EXTRA - 1))
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    plain = ALL_ATTENTION_FUNCTIONS.get_interface(ours.plain._attn_implementation, eager)
+    module.config = ours.plain  # functions look up there which kernel they are to use
+    try:
+        output, weights = plain(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        module.config = ours
+    return output[..., :channels], weights
 
 
-# ---- 4.2 What one forward call of the LLM processes --------------------------------------------------
+ALL_ATTENTION_FUNCTIONS.register("luvc", sized_attention)
 
-
-class Positions:
-    """Which logical positions of one forward call each decoder layer processes, for each sample of a batch.
-
-    Padding is never processed. How *many* positions are processed is known on the host from the start, so no
-    layer has to wait for the device; *which* ones is decided on the device, when a layer's input is there.
-
-    Args:
-        visual: (B, S) bool, the slots of pictures.
-        real: (B, S) bool, False for padding.
-        alive: (B, S) bool, False for the dead slots that merging leaves.
-        slots: number of slots of one picture.
-        fractions: of a picture's visual tokens, one per decoder layer.
-        start: positions seen before, P.
-        off: nothing is merged or pruned, so nothing has to be right about the pictures either.
-
-    Raises:
-        ValueError: a picture that is not whole, or a prompt that ends with a picture.
-    """
-
-    def __init__(
-        self,
-        visual: Tensor,
-        real: Tensor,
-        alive: Tensor,
-        slots: int,
-        fractions: list[float],
-        start: int,
-        off: bool,
-    ):
-        slots = 1 if off else slots
-        self.fractions, self.start, self.slots, (B, self.S) = fractions, start, slots, visual.shape
-        text = real & ~visual
-        sample, slot = (visual & real).nonzero(as_tuple=True)
-        if len(slot) % slots:
-            raise ValueError(
-                f"{len(slot)} visual positions are not a whole number of pictures of {slots}; "
-                "a prompt must not be cut off, or prefilled in chunks, within a picture"
-            )
-        sample, slot = sample.view(-1, slots), slot.view(-1, slots)  # (pictures, slots)
-        # In this constructor the host waits for the device (nonzero, tolist), and nowhere else.
-        first, last = sample[:, 0].tolist(), sample[:, -1].tolist()
-        if first != last:
-            raise ValueError(f"a picture of {slots} slots is spread over two samples; is a prompt cut off?")
-        self.pictures = [first.count(b) for b in range(B)]
-        self.texts = text.sum(1).tolist()
-
-        # A prompt's last position speaks the next word, so it has to stay alive to the last layer.
-        end = torch.where(real, torch.arange(self.S, device=real.device), 0).amax(dim=1, keepdim=True)
-        ends_visual = (visual & real).gather(1, end)[:, 0].tolist()
-        if any(ends_visual) and not off:
-            raise ValueError(f"sample {ends_visual.index(True)} ends with a picture; put text behind it")
-
-        # What the encoder delivered: the slots that are alive, in order. (pictures, slots) -> (pictures, n)
-        delivered = alive[sample, slot]
-        counts = set(delivered.sum(1).tolist()) or {0}
-        if len(counts) > 1:
-            raise ValueError(f"the pictures hold {sorted(counts)} tokens; were some encoded without LUVC?")
-        self.delivered = counts.pop()
-        self.sample = sample[:, :1]
-        self.where = torch.where(delivered, slot, self.S).sort(dim=1).values[:, : self.delivered]
-
-        self.keep = text  # (B, S) bool: what the current layer processes
-        self.keep[self.sample, self.where] = True
-        self.index: list[Tensor | None] = []  # what `select` returned, per layer so far
-        self.visual: list[list[int]] = []  # visual tokens processed, per layer so far and sample
-        self.totals: list[int] = []  # positions processed by the latest layer, per sample
-
-    def select(self, hidden: Tensor, prune: Callable[[Tensor, int], Tensor]) -> Tensor | None:
-        """Prune for the next layer, whose logical input is `hidden` (B, S, C).
-
-        Returns:
-            (B, K) int64, the positions that it processes, ascending, filled up at the end with S where a
-            sample has fewer than others; None if it processes every position of every sample.
-        """
-        layer, device = len(self.index), hidden.device
-        self.keep, self.sample, self.where = (t.to(device) for t in (self.keep, self.sample, self.where))
-        keep = math.floor(self.fractions[layer] * self.delivered + 0.5)
-        changed = keep < self.where.shape[1]
-        if changed:
-            chosen = self.where.gather(1, prune(hidden[self.sample, self.where], keep))  # (pictures, keep)
-            self.keep[self.sample, self.where] = False
-            self.keep[self.sample, chosen] = True
-            self.where = chosen
-        self.visual.append([pictures * keep for pictures in self.pictures])
-        self.totals = [text + visual for text, visual in zip(self.texts, self.visual[-1], strict=True)]
-        if changed or layer == 0:
-            every = torch.arange(self.S, device=device)
-            index = torch.where(self.keep, every, self.S).sort(dim=1).values[:, : max(self.totals)]
-            self.index.append(None if min(self.totals) == self.S else index)
-        else:
-            self.index.append(self.index[-1])
-        return self.index[-1]
-
-    def ragged(self) -> bool:
-        """Do the samples differ in how many positions the latest layer processes?"""
-        return len(set(self.totals)) > 1
-
-    def kept(self) -> list[list[Tensor]]:
-        """Per layer and sample the 1-D int64 logical positions that were processed, ascending."""
-        every = torch.arange(self.S, device=self.keep.device).expand(len(self.texts), self.S)
-        rows = [every if index is None else index for index in self.index]
-        return [[row[row < self.S] + self.start for row in index] for index in rows]
-
-
-# ---- 4.3 The wrapper itself --------------------------------------------------------------------------
+# ---- 4.5 The wrapper itself --------------------------------------------------------------------------
 
 
 @dataclass
@@ -662,7 +964,7 @@ class Report:
     that were processed and for all that are not padding. Embedding, encoder and output head are not counted.
     """
 
-    vision_tokens: list[int]  # per encoder block, of one picture, CLS not counted
+    vision_tokens: list[int]  # per encoder block, of the pictures encoded last, CLS not counted
     visual_tokens: list[int]  # per decoder layer
     positions: list[int]  # per decoder layer, text included, padding not
     visual_full: int  # visual tokens per decoder layer of the plain model
@@ -672,15 +974,16 @@ class Report:
     flops_left: float
 
     def __str__(self) -> str:
-        def bars(title, numbers, full):
+        def bars(title, numbers):
+            full = max(numbers, default=0)
             rows = (f"  {i:3d} {n:6d} {'#' * round(40 * n / max(full, 1))}" for i, n in enumerate(numbers))
-            return "\n".join([f"{title} (at most {full})", *rows])
+            return "\n".join([title, *rows])
 
         return "\n".join(
             [
-                bars("vision tokens of one picture, per block", self.vision_tokens, max(self.vision_tokens)),
-                bars("visual tokens, per decoder layer", self.visual_tokens, self.visual_full),
-                bars("all positions, per decoder layer", self.positions, self.positions_full),
+                bars("vision tokens, per encoder block", self.vision_tokens),
+                bars(f"visual tokens, per decoder layer (plain: {self.visual_full})", self.visual_tokens),
+                bars(f"all positions, per decoder layer (plain: {self.positions_full})", self.positions),
                 f"KV cache {self.kv_bytes:,} bytes, plain {self.kv_bytes_full:,}",
                 f"LLM prefill FLOPs left {self.flops_left:.1%}",
             ]
@@ -712,22 +1015,29 @@ class LUVC:
 
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
         self.model, self.config, self.layout = model, config, find_layout(model)
-        layout = self.layout
+        layout, steps = self.layout, config.vision_steps if config.vision_keep < 1 else 0
         self.fractions = config.fractions(len(layout.decoder.layers))
-        plan = merge_plan(layout.H, layout.W, config.vision_keep, config.vision_steps)
-        if len(plan) > layout.used_blocks:
-            most = layout.used_blocks
-            raise ValueError(f"vision_steps={config.vision_steps} must be at most {most}, one per block")
-        # Our choice: the merges are spread evenly over the blocks. Block -> (axis, H, W after it).
-        self.merges = {(i + 1) * layout.used_blocks // (len(plan) + 1): step for i, step in enumerate(plan)}
-        self.off = not self.merges and all(fraction == 1 for fraction in self.fractions)
+        if steps and layout.no_merger:
+            kind = model.config.model_type
+            raise ValueError(f"{kind!r} cannot merge: {layout.no_merger}; set vision_keep=1.0 to prune only")
+        if steps > layout.used_blocks:
+            raise ValueError(f"vision_steps={steps} must be at most {layout.used_blocks}, one per block")
+        if steps == 1 and layout.square:
+            raise ValueError("vision_steps=1 merges along W alone, but this model needs a square grid; set 2")
+        # Our choice: the merges are spread evenly over the blocks. Block -> step of the plan.
+        self.merges = {(step + 1) * layout.used_blocks // (steps + 1): step for step in range(steps)}
+        self.off = not steps and all(fraction == 1 for fraction in self.fractions)
+        # Which layers hold tokens of unequal size. The first, if nothing was merged, holds every token; the
+        # last may hold none at all.
+        self.sized = [config.sizes and 0 < f and (f < 1 or steps > 0) for f in self.fractions]
         self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
-        self._ids: Tensor | None = None  # input_ids of the forward call that is running
-        self._grid: tuple[Tensor, Tensor] | None = None  # (size, token) of the latest pictures in the encoder
+        self._call: tuple[Tensor | None, Sequence[int]] = None, ()  # input_ids and clips of the running call
+        self._grids: Grids | None = None  # the latest pictures in the encoder
         self._now: Positions | None = None  # the prefill that is running
         self._prefill: Positions | None = None  # the latest prefill
         self._past: list[int] = []  # columns that were stored before it, per layer
         self._kv: dict[int, tuple[int, int]] = {}  # layer -> bytes (stored, plain), latest call
+        self._no_cache: DynamicCache | None = None  # stands in where the caller wants no KV cache
 
     # -- hooks in, hooks out
 
@@ -735,29 +1045,35 @@ class LUVC:
         """Put the hooks in.
 
         Raises:
-            ValueError: this or another LUVC is attached to the model already.
+            ValueError: this or another LUVC is attached to the model already, or the model is compiled.
         """
         if getattr(self.model, "_luvc", None) is not None:
             raise ValueError("a LUVC is attached to this model already; detach() it first")
+        if any(module._compiled_call_impl is not None for module in self.model.modules()):
+            raise ValueError("the model is compiled; LUVC's hooks need eager mode: use the model from before")
         self.model._luvc, layout = self, self.layout
         handles = [
             layout.base.register_forward_pre_hook(self._before_base, with_kwargs=True),
             layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            layout.vision.register_forward_pre_hook(self._before_vision, with_kwargs=True),
         ]
-        for block in self.merges:
-            hook = self._merge_before(block)
-            handles.append(layout.blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
+        for number in range(min(self.merges, default=layout.used_blocks), layout.used_blocks):
+            hook = functools.partial(self._before_block, number)
+            handles.append(layout.blocks[number].register_forward_pre_hook(hook, with_kwargs=True))
         if self.merges:
-            handles.append(layout.projector.register_forward_hook(self._after_projector))
+            deliver, spread = (lambda *a: self._grids.deliver(a[-1])), (lambda *a: self._grids.spread(a[-1]))
+            handles.append(layout.projector.register_forward_hook(deliver))
+            handles += [module.register_forward_hook(spread) for module in layout.deepstack]
         self._undo = [handle.remove for handle in handles]
-        self._undo += [self._wrap(number, layer) for number, layer in enumerate(layout.decoder.layers)]
+        for number, layer in enumerate(layout.decoder.layers):
+            self._undo.append(self._wrap(number, layer))
         return self
 
     def detach(self) -> None:
         """Take the hooks out: the model is what it was before `attach`. Without effect if not attached."""
         for undo in self._undo:
             undo()
-        self._undo, self._ids, self._now = [], None, None
+        self._undo, self._call, self._now = [], (None, ()), None
         if getattr(self.model, "_luvc", None) is self:
             del self.model._luvc
 
@@ -771,89 +1087,98 @@ class LUVC:
         # A layer is wrapped at `forward`, inside of its hooks. transformers collects hidden_states by hooks
         # on the layers: these have to see the logical sequence on both sides, which a pre-hook of ours would
         # take away.
-        had_own, plain = "forward" in layer.__dict__, layer.forward
+        had_own, plain, attention = "forward" in layer.__dict__, layer.forward, layer.self_attn
+        plain_config = attention.config
 
         def forward(hidden_states, *args, **kwargs):
             return self._run_layer(number, plain, hidden_states, *args, **kwargs)
 
         def undo():
+            attention.config = plain_config
             if had_own:  # accelerate wraps in the same way when it spreads a model over devices
                 layer.forward = plain
             else:
                 del layer.forward
 
         layer.forward = forward
+        if self.sized[number]:  # a config of its own for this module: nothing else sees another attention
+            attention.config = copy.copy(plain_config)
+            attention.config._attn_implementation, attention.config.plain = "luvc", plain_config
         return undo
 
     # -- the vision encoder
 
-    def _merge_before(self, block: int) -> Callable:
-        axis, *left = self.merges[block]  # left: H, W after this merge
+    def _before_vision(self, module, args, kwargs):
+        layout, unit = self.layout, self.layout.unit
+        pixels = args[0] if args else kwargs["pixel_values"]
+        shapes = [(len(pixels), layout.H, layout.W)]
+        if layout.packed:
+            thw = args[1] if len(args) > 1 else kwargs["grid_thw"]
+            shapes = [(t, h // unit, w // unit) for t, h, w in thw.tolist()]
+        self._grids = Grids(layout, self.config, shapes, pixels.device)
 
-        def hook(module, args, kwargs):
-            args = list(args)
-            hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args.pop(0)
-            layout = self.layout
-            if block == min(self.merges):  # new pictures: every patch is a token of its own, of size 1
-                size = torch.ones(len(hidden), layout.H, layout.W, device=hidden.device)
-                self._grid = size, torch.arange(size[0].numel(), device=hidden.device).expand(len(hidden), -1)
-            size, token = (t.to(hidden.device) for t in self._grid)
-            grid = hidden[:, layout.prefix :].unflatten(1, size.shape[1:])
-            grid, size, parent = self.config.merge(grid, size, left[axis - 1], axis)
-            self._grid = size, follow(token, parent, axis)
-            return (torch.cat([hidden[:, : layout.prefix], grid.flatten(1, 2)], dim=1), *args), kwargs
-
-        return hook
-
-    def _after_projector(self, module, args, features):
-        """(pictures, merged tokens, C) -> (pictures, slots, C): tokens in home slots, zeros elsewhere."""
-        layout, (size, token) = self.layout, (t.to(features.device) for t in self._grid)
-        tokens, prefix = size[0].numel(), layout.slots_prefix
-        if features.shape[1] != prefix + tokens:
-            raise ValueError(
-                f"the encoder delivered {features.shape[1]} features where merging leaves {prefix + tokens}; "
-                "vision_feature_layer and vision_feature_select_strategy must be those of the model's config"
-            )
-        home = home_slots(token, tokens, layout.W)[..., None].expand(-1, -1, features.shape[2])
-        slots = features.new_zeros(len(features), layout.H * layout.W, features.shape[2])
-        return torch.cat([features[:, :prefix], slots.scatter(1, home, features[:, prefix:])], dim=1)
+    def _before_block(self, number, module, args, kwargs):
+        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+        grids, layout = self._grids, self.layout
+        if any(isinstance(mask, Tensor) for mask in (*rest, kwargs.get("attention_mask"))):
+            raise ValueError("a tile has padding, which cannot be merged; split pictures into whole tiles")
+        if number in self.merges:
+            hidden = grids.merge(hidden, self.merges[number])
+            grids.cos_sin = grids.rotary(hidden) if layout.packed else None
+        if layout.packed:  # where frames or windows end, and which position each token has
+            full = grids.order is None or number in layout.vision.fullatt_block_indexes
+            ends = grids.frame_ends if full else grids.window_ends
+            kwargs |= {"cu_seqlens": ends, "position_embeddings": grids.cos_sin}
+            if kwargs.get("max_seqlen") is not None:  # FlashAttention asks for the longest one
+                kwargs["max_seqlen"] = int(ends.diff().max())
+        return (hidden, *rest), kwargs
 
     # -- the LLM
 
     def _before_base(self, module, args, kwargs):
-        self._ids = kwargs.get("input_ids", args[0] if args else None)
-        embeds = kwargs.get("inputs_embeds")
-        if self._ids is None and embeds is not None and embeds.shape[1] > 1 and not self.off:
+        ids, embeds, clips = (
+            kwargs.get("input_ids", args[0] if args else None),
+            kwargs.get("inputs_embeds"),
+            (),
+        )
+        if ids is None and embeds is not None and embeds.shape[1] > 1 and not self.off:
             raise ValueError("LUVC finds the pictures by input_ids; pass these instead of inputs_embeds")
+        if self.layout.clips and kwargs.get("video_grid_thw") is not None:
+            clips = kwargs["video_grid_thw"][:, 0].tolist()
+        self._call = ids, clips
 
     def _before_decoder(self, module, args, kwargs):
         """Decide what this forward call processes, and let the KV cache count logical positions."""
         embeds, mask, cache = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "past_key_values"))
-        ids, self._ids, self._now, self._kv = self._ids, None, None, {}
+        (ids, clips), self._call, self._now, self._kv = self._call, (None, ()), None, {}
         if embeds is None:  # the LLM alone, with ids of its own
             embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
         if not self.off:
+            if torch.compiler.is_compiling():
+                raise ValueError("LUVC's hooks need eager mode; call the model without torch.compile")
             if module.training and getattr(module, "gradient_checkpointing", False):
                 raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
-            if cache is None and kwargs.get("use_cache", module.config.use_cache):
-                cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
-            if cache is not None:
-                self._adopt(cache)
             if mask is not None and getattr(mask, "ndim", 0) != 2:
                 raise ValueError("LUVC needs the 2-D attention_mask (B, P + S) of the padding, or none")
+            if cache is None and kwargs.get("use_cache", module.config.use_cache):
+                cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+            if cache is None:
+                self._no_cache = DynamicCache(config=module.config)
+            self._adopt(cache if cache is not None else self._no_cache)
         B, S = embeds.shape[:2]
         if S > 1:  # a single token was just generated: no picture, no padding, no need to wait for the device
-            every = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
-            self._now = self._prefill = Positions(
-                visual=ids.to(embeds.device) == self.layout.image_token if ids is not None else ~every,
-                real=mask[:, -S:].to(embeds.device, torch.bool) if getattr(mask, "ndim", 0) == 2 else every,
-                alive=(embeds != 0).any(-1) if self.merges else every,
-                slots=self.layout.slots,
-                fractions=self.fractions,
-                start=cache.get_seq_length() if cache is not None else 0,
-                off=self.off,
-            )
-            self._past = []
+            real = every = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
+            visual = torch.zeros(B, S, dtype=torch.int64, device=embeds.device)
+            if ids is not None:
+                *_, video = each = self.layout.visual_ids
+                visual = torch.isin(ids, torch.tensor(each, device=ids.device)).long()
+                visual = (visual + (ids == video) * self.layout.clips).to(embeds.device)
+            if getattr(mask, "ndim", 0) == 2:
+                real = mask[:, -S:].to(embeds.device, torch.bool)
+            alive, size = read_signposts(embeds, visual > 0) if self.merges else (every, every.float())
+            start = cache.get_seq_length() if cache is not None else 0
+            self._now = Positions(visual, real, alive, size, clips, self.fractions, start)
+            self._prefill, self._past = self._now, []
         return args, kwargs
 
     def _adopt(self, cache) -> None:
@@ -883,13 +1208,24 @@ class LUVC:
             processed (a filler has index S), `_mask` makes the mask and tells the KV cache what will come.
         """
         now, cache = self._now, kwargs.get("past_key_values")
-        store = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         index = now.select(hidden, self.config.prune) if now is not None else None
-        if now is not None:
-            self._past.append(stored(store) if store is not None else 0)
         if self.off:
+            known = cache is not None and len(cache.layers) > number
+            self._past.append(stored(cache.layers[number]) if known else 0)
             output = plain(hidden, *args, **kwargs)
-        elif index is None:
+            self._count(number, cache)
+            return output
+        kwargs["past_key_values"] = cache if cache is not None else self._no_cache
+        store = kwargs["past_key_values"].layers[number]
+        if now is not None:
+            self._past.append(stored(store))
+        store.bias = None
+        if self.sized[number]:
+            scaling = self.layout.decoder.layers[number].self_attn.scaling
+            store.bias = (
+                now.sizes[number].log() / scaling if now is not None else hidden.new_zeros(hidden.shape[:2])
+            )
+        if index is None:
             kwargs["attention_mask"] = self._mask(hidden, store, real=None)
             output = plain(hidden, *args, **kwargs)
         else:
@@ -905,24 +1241,29 @@ class LUVC:
             kwargs |= {"position_embeddings": tuple(t[rows, at] for t in cos_sin), "position_ids": None}
             padded[rows, index] = plain(x, *args, **kwargs).to(hidden.device)
             output = padded[:, :S]
-        if cache is not None:
-            layer = cache.layers[number]
-            held = layer.keys.nbytes + layer.values.nbytes
-            self._kv[number] = held, held // stored(layer) * layer.get_seq_length()
+        self._count(number, cache)
+        if cache is None:
+            store.reset()
         return output
 
-    def _mask(self, x: Tensor, store: PrunedLayer | None, real: Tensor | None) -> Tensor | None:
+    def _count(self, number: int, cache) -> None:
+        """Note the bytes that a layer's KV cache holds, and what the plain model's would."""
+        if cache is not None:
+            layer, head = cache.layers[number], self.layout.decoder.layers[number].self_attn.head_dim
+            columns, channels = layer.keys.shape[-2:]
+            held = layer.keys.nbytes + layer.values.nbytes
+            self._kv[number] = held, held * head * layer.get_seq_length() // (columns * channels)
+
+    def _mask(self, x: Tensor, store: PrunedLayer, real: Tensor | None) -> Tensor | None:
         """The attention mask of one layer, as transformers makes it for the physical sequence.
 
         That sequence is an ordinary causal one: what was stored, then `x`, in logical order. Fillers stand at
         the end of `x`, where causality hides them from all real positions; so a first prefill needs no mask,
         even of samples of different lengths. They are masked only once something follows them.
         """
-        Q, past, hide = x.shape[1], 0, None
-        if store is not None:
-            past, fillers_before = stored(store), store.real is not None
-            store.extend(Q, self._now.S if self._now is not None else Q, real)
-            hide = store.real if fillers_before else None
+        Q, past, fillers_before = x.shape[1], stored(store), store.real is not None
+        store.extend(Q, self._now.S if self._now is not None else Q, real)
+        hide = store.real if fillers_before else None
         if Q == 1 and hide is None:
             return None
         config = self.layout.decoder.config
@@ -943,6 +1284,11 @@ class LUVC:
 
     # -- what happened
 
+    def _latest(self, what, empty: bool):
+        if what is None or empty:
+            raise ValueError("nothing happened yet: call the model with a picture while LUVC is attached")
+        return what
+
     @property
     def kept(self) -> list[list[Tensor]]:
         """`kept[layer][sample]`: the logical positions that a decoder layer processed in the latest prefill.
@@ -952,20 +1298,26 @@ class LUVC:
         Raises:
             ValueError: there was no prefill yet.
         """
-        if self._prefill is None:
-            raise ValueError("nothing was prefilled yet: call the model with LUVC attached first")
-        return self._prefill.kept()
+        return self._latest(self._prefill, False).kept("positions")
 
     @property
-    def groups(self) -> Tensor:
-        """(pictures, H * W) int64: the merged token that each patch of the latest pictures is in (`follow`).
+    def sizes(self) -> list[list[Tensor]]:
+        """`sizes[layer][sample]`: how many slots each position of `kept` stands for, 1-D float32; text 1.
 
         Raises:
-            ValueError: nothing was merged yet, or the merger is off.
+            ValueError: there was no prefill yet.
         """
-        if self._grid is None:
-            raise ValueError("nothing was merged yet: call the model with a picture and vision_keep < 1")
-        return self._grid[1]
+        return self._latest(self._prefill, False).kept("sizes")
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """For each picture, tile or frame that was encoded last: (H * W,) int64, the merged token of each slot.
+
+        Raises:
+            ValueError: nothing was encoded yet, or the merger is off.
+        """
+        grids = self._latest(self._grids, not self.merges)
+        return [one for token in grids.token for one in token]
 
     def report(self) -> Report:
         """Numbers of the latest prefill, and of the KV cache after the latest forward call; see `Report`.
@@ -973,21 +1325,21 @@ class LUVC:
         Raises:
             ValueError: there was no prefill yet.
         """
-        if self._prefill is None:
-            raise ValueError("nothing was prefilled yet: call the model with LUVC attached first")
-        layout, now, vision = self.layout, self._prefill, []
-        grid = layout.H * layout.W
-        for block in range(len(layout.blocks)):
-            if block in self.merges:
-                grid = math.prod(self.merges[block][1:])
-            vision.append(grid)
+        now, layout, vision = self._latest(self._prefill, False), self.layout, []
+        if self._grids is not None:
+            now_at = [(n, H * W) for n, H, W in self._grids.shapes]
+            for block in range(len(layout.blocks)):
+                if block in self.merges:
+                    steps = [plan[self.merges[block]] for plan in self._grids.plans]
+                    now_at = [(n, h * w) for (n, _), (_, h, w) in zip(now_at, steps, strict=True)]
+                vision.append(sum(n * slots for n, slots in now_at) * layout.unit**2)
 
         def flops(layer, n, p):
             weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
             width = layout.decoder.config.num_attention_heads * layer.self_attn.head_dim
             return 2 * weights * n + 4 * width * (n * p + n * (n + 1) / 2)
 
-        plain = [text + pictures * now.slots for text, pictures in zip(now.texts, now.pictures, strict=True)]
+        plain = [text + slots for text, slots in zip(now.texts, now.slots, strict=True)]
         left = whole = 0.0
         for layer, visual, past in zip(layout.decoder.layers, now.visual, self._past, strict=True):
             left += sum(flops(layer, text + v, past) for text, v in zip(now.texts, visual, strict=True))
@@ -996,7 +1348,7 @@ class LUVC:
             vision_tokens=vision,
             visual_tokens=[sum(visual) for visual in now.visual],
             positions=[sum(visual) + sum(now.texts) for visual in now.visual],
-            visual_full=sum(now.pictures) * now.slots,
+            visual_full=sum(now.slots),
             positions_full=sum(plain),
             kv_bytes=sum(held for held, _ in self._kv.values()),
             kv_bytes_full=sum(full for _, full in self._kv.values()),
