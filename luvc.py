@@ -479,8 +479,8 @@ class Layout:
 
     @property
     def slots(self) -> int:
-        """Placeholders of one picture or tile in input_ids."""
-        return self.slots_prefix + self.H * self.W
+        """Placeholders of one picture or tile in input_ids; 0: they differ."""
+        return self.slots_prefix + self.H * self.W if self.H else 0
 
 
 def llava_layout(model: nn.Module) -> Layout:
@@ -505,8 +505,8 @@ def llava_layout(model: nn.Module) -> Layout:
         visual_ids=(config.image_token_id, getattr(config, "video_token_id", config.image_token_id)),
         # hidden_states[0] are the embeddings, hidden_states[i] is what block i - 1 returns.
         used_blocks=config.vision_feature_layer % (len(blocks) + 1),
-        H=side,
-        W=side,
+        H=0 if tiles else side,
+        W=0 if tiles else side,
         prefix=prefix,
         slots_prefix=prefix if full else 0,
         no_merger="it crops, shrinks or rearranges its tiles after the projector" if tiles else "",
@@ -741,8 +741,8 @@ def read_signposts(embeds: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
 class Positions:
     """Which logical positions of one forward call each decoder layer processes, for each sample of a batch.
 
-    Padding is never processed. A *run* is what stands together in a prompt: a picture, or the frames of a
-    clip. Every picture and every frame loses the same fraction, and is filtered by itself. How *many*
+    Padding is never processed. Visual positions that stand together in a prompt are cut into pictures, tiles
+    or frames; each loses the same fraction of its tokens, and is filtered by itself. How *many*
     positions are processed is known on the host from the start, so no layer has to wait for the device;
     *which* ones is decided on the device, when a layer's input is there.
 
@@ -751,6 +751,7 @@ class Positions:
         real: (B, S) bool, False for padding.
         alive: (B, S) bool, False for the dead slots that merging leaves.
         size: (B, S) float, how many slots each position stands for.
+        slots: of one picture or tile, where all have equally many; else 0.
         frames: how many frames each clip has, in the order of the prompt.
         fractions: of a picture's visual tokens, one per decoder layer.
         start: positions seen before, P.
@@ -765,6 +766,7 @@ class Positions:
         real: Tensor,
         alive: Tensor,
         size: Tensor,
+        slots: int,
         frames: Sequence[int],
         fractions: list[float],
         start: int,
@@ -777,13 +779,13 @@ class Positions:
         visual = visual * real
         pieces: dict[int, list[tuple[int, Tensor]]] = {}  # how many tokens -> (sample, their positions)
         for b in range(B):
-            slots = visual[b].nonzero()[:, 0]
-            for run in slots.tensor_split((slots.diff() > 1).nonzero()[:, 0] + 1):
-                if len(run) and run[-1] == real[b].nonzero()[-1] and (fractions[-1] < 1 or not alive.all()):
+            at = visual[b].nonzero()[:, 0]
+            for run in at.tensor_split((at.diff() > 1).nonzero()[:, 0] + 1) if len(at) else ():
+                if run[-1] == real[b].nonzero()[-1] and (fractions[-1] < 1 or not alive.all()):
                     # A prompt's last position speaks the next word, so it has to live to the last layer.
                     raise ValueError(f"sample {b} ends with a picture; put text behind it")
-                clip = len(run) and visual[b, run[0]] == 2
-                for piece in run.tensor_split(next(frames, 1) if clip else 1):
+                parts = len(run) // slots if slots and len(run) % slots == 0 else 1
+                for piece in run.tensor_split(next(frames, 1) if visual[b, run[0]] == 2 else parts):
                     piece = piece[alive[b, piece].bool()]
                     pieces.setdefault(len(piece), []).append((b, piece))
         pieces.pop(0, None)
@@ -1177,7 +1179,7 @@ class LUVC:
                 real = mask[:, -S:].to(embeds.device, torch.bool)
             alive, size = read_signposts(embeds, visual > 0) if self.merges else (every, every.float())
             start = cache.get_seq_length() if cache is not None else 0
-            self._now = Positions(visual, real, alive, size, clips, self.fractions, start)
+            self._now = Positions(visual, real, alive, size, self.layout.slots, clips, self.fractions, start)
             self._prefill, self._past = self._now, []
         return args, kwargs
 
