@@ -346,8 +346,8 @@ class LUVCConfig:
         ValueError: a value outside its range, NaN included.
     """
 
-    vision_keep: float = 0.84
-    """Fraction of the grid that leaves the encoder, in (0, 1]; 24 x 24 become 22 x 22. 1.0: merger off."""
+    vision_keep: float = 0.5625
+    """Fraction of the grid that leaves the encoder, in (0, 1]; 24 x 24 become 18 x 18. 1.0: merger off."""
 
     vision_steps: int = 2
     """Merges inside the encoder, along W, H, W, ..., spread evenly over its blocks; at most one per block."""
@@ -1162,7 +1162,8 @@ class LUVC:
                 raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
             if mask is not None and getattr(mask, "ndim", 0) != 2:
                 raise ValueError("LUVC needs the 2-D attention_mask (B, P + S) of the padding, or none")
-            if cache is None and kwargs.get("use_cache", module.config.use_cache):
+            use_cache = kwargs.get("use_cache")
+            if cache is None and (module.config.use_cache if use_cache is None else use_cache):
                 cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
             if cache is None:
                 self._no_cache = DynamicCache(config=module.config)
