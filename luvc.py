@@ -480,7 +480,7 @@ class Layout:
     @property
     def slots(self) -> int:
         """Placeholders of one picture or tile in input_ids; 0: they differ."""
-        return self.slots_prefix + self.H * self.W if self.H else 0
+        return 0 if self.packed or self.no_merger else self.slots_prefix + self.H * self.W
 
 
 def llava_layout(model: nn.Module) -> Layout:
@@ -505,8 +505,8 @@ def llava_layout(model: nn.Module) -> Layout:
         visual_ids=(config.image_token_id, getattr(config, "video_token_id", config.image_token_id)),
         # hidden_states[0] are the embeddings, hidden_states[i] is what block i - 1 returns.
         used_blocks=config.vision_feature_layer % (len(blocks) + 1),
-        H=0 if tiles else side,
-        W=0 if tiles else side,
+        H=side,
+        W=side,
         prefix=prefix,
         slots_prefix=prefix if full else 0,
         no_merger="it crops, shrinks or rearranges its tiles after the projector" if tiles else "",
