@@ -976,20 +976,14 @@ class Report:
     flops_left: float
 
     def __str__(self) -> str:
-        def bars(title, numbers):
-            full = max(numbers, default=0)
-            rows = (f"  {i:3d} {n:6d} {'#' * round(40 * n / max(full, 1))}" for i, n in enumerate(numbers))
-            return "\n".join([title, *rows])
-
-        return "\n".join(
-            [
-                bars("vision tokens, per encoder block", self.vision_tokens),
-                bars(f"visual tokens, per decoder layer (plain: {self.visual_full})", self.visual_tokens),
-                bars(f"all positions, per decoder layer (plain: {self.positions_full})", self.positions),
-                f"KV cache {self.kv_bytes:,} bytes, plain {self.kv_bytes_full:,}",
-                f"LLM prefill FLOPs left {self.flops_left:.1%}",
-            ]
-        )
+        lines = [f"vision tokens, per encoder block: {', '.join(map(str, self.vision_tokens))}"]
+        lines += [
+            f"decoder layer, visual tokens (plain: {self.visual_full}), positions ({self.positions_full})"
+        ]
+        for layer, (visual, every) in enumerate(zip(self.visual_tokens, self.positions, strict=True)):
+            lines.append(f"{layer:5d} {visual:6d} {every:6d} {'#' * round(60 * every / self.positions_full)}")
+        lines.append(f"KV cache {self.kv_bytes:,} bytes, plain {self.kv_bytes_full:,}")
+        return "\n".join([*lines, f"LLM prefill FLOPs left {self.flops_left:.1%}"])
 
 
 class LUVC:
@@ -1287,8 +1281,8 @@ class LUVC:
 
     # -- what happened
 
-    def _latest(self, what, empty: bool):
-        if what is None or empty:
+    def _latest(self, what):
+        if what is None:
             raise ValueError("nothing happened yet: call the model with a picture while LUVC is attached")
         return what
 
@@ -1297,30 +1291,22 @@ class LUVC:
         """`kept[layer][sample]`: the logical positions that a decoder layer processed in the latest prefill.
 
         1-D int64, ascending, counted from the beginning of the KV cache; padding is not among them.
-
-        Raises:
-            ValueError: there was no prefill yet.
+        ValueError before the first prefill.
         """
-        return self._latest(self._prefill, False).kept("positions")
+        return self._latest(self._prefill).kept("positions")
 
     @property
     def sizes(self) -> list[list[Tensor]]:
-        """`sizes[layer][sample]`: how many slots each position of `kept` stands for, 1-D float32; text 1.
-
-        Raises:
-            ValueError: there was no prefill yet.
-        """
-        return self._latest(self._prefill, False).kept("sizes")
+        """`sizes[layer][sample]`: how many slots each position of `kept` stands for, 1-D float32; text 1."""
+        return self._latest(self._prefill).kept("sizes")
 
     @property
     def groups(self) -> list[Tensor]:
         """For each picture, tile or frame that was encoded last: (H * W,) int64, the merged token of each slot.
 
-        Raises:
-            ValueError: nothing was encoded yet, or the merger is off.
+        ValueError before the first picture.
         """
-        grids = self._latest(self._grids, not self.merges)
-        return [one for token in grids.token for one in token]
+        return [one for token in self._latest(self._grids).token for one in token]
 
     def report(self) -> Report:
         """Numbers of the latest prefill, and of the KV cache after the latest forward call; see `Report`.
@@ -1328,7 +1314,7 @@ class LUVC:
         Raises:
             ValueError: there was no prefill yet.
         """
-        now, layout, vision = self._latest(self._prefill, False), self.layout, []
+        now, layout, vision = self._latest(self._prefill), self.layout, []
         if self._grids is not None:
             now_at = [(n, H * W) for n, H, W in self._grids.shapes]
             for block in range(len(layout.blocks)):
@@ -1381,7 +1367,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="luvc.py", description="Ask a VLM about a picture, with and without LUVC.")
     add = parser.add_argument
     add("--model", default="toy", help="checkpoint folder or hub name (default: the toy beside this file)")
-    add("--image", help="picture file (default: the toy's example)")
+    add("--image", default=HERE / "toy" / "example.png", help="picture file (default: the toy's example)")
     add("--prompt", default=EXAMPLE_PROMPT, help="(default: %(default)r)")
     add("--vision-keep", type=float, default=default.vision_keep, metavar="F", help="as in LUVCConfig")
     add("--llm-keep", type=keep, default=default.llm_keep, metavar="F|F,F,...", help="as in LUVCConfig")
@@ -1391,6 +1377,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--attn", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
     add("--json", action="store_true", help="print one JSON object instead")
+    add("--bench", action="store_true", help="measure speed and memory instead: see --bench --help")
     return parser.parse_args(argv)
 
 
@@ -1413,13 +1400,13 @@ def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
     path = HERE / "toy" if name == "toy" else Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise ValueError(f"--model {name}: the folder holds no checkpoint (no config.json)")
-    where = path if path.is_dir() else name
+    where, safe = path if path.is_dir() else name, {"use_safetensors": True, "trust_remote_code": False}
     try:
         processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=dtype, attn_implementation=attn, use_safetensors=True, trust_remote_code=False
+            where, dtype=dtype, attn_implementation=attn, **safe
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"--model {name}: {error}") from error
     return model.to(device).eval(), processor
 
@@ -1460,13 +1447,12 @@ def ask(args: argparse.Namespace) -> tuple[dict, str]:
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
     config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep, cutoff=args.cutoff)
-    file = Path(args.image or HERE / "toy" / "example.png")
-    if not file.exists():
-        raise ValueError(f"--image {file}: no such file")
     try:
-        picture = Image.open(file).convert("RGB")
+        picture = Image.open(args.image).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"--image {args.image}: no such file") from error
     except OSError as error:
-        raise ValueError(f"--image {file}: not a picture that can be read") from error
+        raise ValueError(f"--image {args.image}: not a picture that can be read") from error
     print(f"loading {args.model} ...", file=sys.stderr)
     model, processor = load(args.model, args.device, args.dtype, args.attn)
     luvc = LUVC(model, config)
@@ -1478,8 +1464,7 @@ def ask(args: argparse.Namespace) -> tuple[dict, str]:
 
     full = answer()
     with luvc:
-        less = answer()
-        report = luvc.report()
+        less, report = answer(), luvc.report()
     print("timing, plain and LUVC in turns ...", file=sys.stderr)
     times = []
     for _ in range(9):
@@ -1515,6 +1500,12 @@ def ask(args: argparse.Namespace) -> tuple[dict, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 after one line about what was wrong."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--bench" in argv:  # has options of its own
+        from toy.bench import main as bench
+
+        argv.remove("--bench")
+        return bench(argv)
     try:
         args = parse_arguments(argv)
         result, text = ask(args)

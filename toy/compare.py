@@ -36,8 +36,7 @@ def held_out(scenes, first=0):
     return questions
 
 
-# ---- Other ways to choose. Those that prune go into LUVCConfig(score=...), those that merge into merge=...
-# --------
+# ---- Other ways to choose. Those that prune go into LUVCConfig(score=...), those that merge into merge=... -----
 
 
 def random_tokens(seed):
@@ -74,25 +73,30 @@ def pool_axis(x, size, keep, axis):
     return merged / total[..., None].to(x.dtype), total, parent
 
 
+QUARTER = {"llm_keep": 1.0, "vision_keep": 0.25}
 METHODS = [
     ("plain", None),
     ("LUVC: OIM and SPU, the defaults", LUVCConfig()),
+    ("LUVC without token sizes", LUVCConfig(sizes=False)),
     ("OIM alone", LUVCConfig(llm_keep=1.0)),
-    ("average pooling in place of OIM", LUVCConfig(llm_keep=1.0, merge=pool_axis)),
-    ("OIM alone, to 56 %", LUVCConfig(llm_keep=1.0, vision_keep=0.5625)),
-    ("average pooling, to 56 %", LUVCConfig(llm_keep=1.0, vision_keep=0.5625, merge=pool_axis)),
+    ("OIM alone, to 25 %", LUVCConfig(**QUARTER)),
+    ("average pooling, to 25 %", LUVCConfig(**QUARTER, merge=pool_axis)),
+    ("OIM alone, to 25 %, without token sizes", LUVCConfig(**QUARTER, sizes=False)),
+    ("average pooling, to 25 %, without token sizes", LUVCConfig(**QUARTER, sizes=False, merge=pool_axis)),
     ("SPU alone", LUVCConfig(vision_keep=1.0)),
-    ("SPU reversed (keeps what is smooth)", LUVCConfig(vision_keep=1.0, score="smooth")),
-    ("SPU without bringing tokens to norm 1", LUVCConfig(vision_keep=1.0, normalize=False)),
+    ("SPU alone, without bringing tokens to norm 1", LUVCConfig(vision_keep=1.0, normalize=False)),
+    ("SPU alone, reversed (keeps what is smooth)", LUVCConfig(vision_keep=1.0, score="smooth")),
     ("evenly spread in place of SPU", LUVCConfig(vision_keep=1.0, score=even_tokens)),
     *[
         (f"random in place of SPU, seed {s}", LUVCConfig(vision_keep=1.0, score=random_tokens(s)))
         for s in range(3)
     ],
+    ("SPU alone, without token sizes", LUVCConfig(vision_keep=1.0, sizes=False)),
+    ("evenly spread, without token sizes", LUVCConfig(vision_keep=1.0, score=even_tokens, sizes=False)),
+    ("random, seed 0, without token sizes", LUVCConfig(vision_keep=1.0, score=random_tokens(0), sizes=False)),
 ]
 
-# ---- Measuring
-# ----------------------------------------------------------------------------------------------------
+# ---- Measuring -------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()

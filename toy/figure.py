@@ -55,7 +55,7 @@ def main():
         return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     plain, luvc = answer(), LUVC(model)
-    first = inputs["input_ids"][0].tolist().index(luvc.layout.image_token)
+    first = inputs["input_ids"][0].tolist().index(luvc.layout.visual_ids[0])
     with luvc:
         less = answer()
     report, layers = luvc.report(), len(luvc.kept)
