@@ -873,13 +873,12 @@ class PrunedLayer(DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self):
+    def __init__(self, sized: bool = False):
         super().__init__()
         self.seen = 0  # logical length
         self.real = None  # (B, stored) bool, False for fillers; None as long as there are none
-        self.bias = (
-            None  # (B, columns), what is added to the logits of the keys that come next, over the scale
-        )
+        self.sized = sized  # keys carry sizes, see `sized_attention`
+        self.bias = None  # (B, columns): log(size) / scale of the keys that come next; None: all of size 1
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -898,10 +897,10 @@ class PrunedLayer(DynamicLayer):
         self.real = torch.cat([before, after], dim=1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.bias is not None:  # see `sized_attention`
-            key_states = nn.functional.pad(key_states, (0, EXTRA))
-            key_states[..., -EXTRA] = self.bias[:, None].to(key_states.dtype)
-            value_states = nn.functional.pad(value_states, (0, EXTRA))
+        if self.sized:
+            key_states, value_states = (nn.functional.pad(t, (0, EXTRA)) for t in (key_states, value_states))
+            if self.bias is not None:
+                key_states[..., -EXTRA] = self.bias[:, None].to(key_states.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def reset(self) -> None:
@@ -931,12 +930,13 @@ class PrunedLayer(DynamicLayer):
 def sized_attention(module, query, key, value, attention_mask, **kwargs):
     """Any attention of transformers, in which a key of size s weighs as much as s equal keys of size 1.
 
-    That is softmax(q k' * scale + log s). The sum rides along in the product, as one more channel of each
-    head, q' = [q, 1] and k' = [k, log(s) / scale], so that fused kernels see ordinary queries and keys.
-    Our choice: without it, whatever reads proportions of a picture is misled by what was merged or pruned.
+    That is softmax(q . k * scale + log s). The sum rides along in the product, as one more channel of each
+    head, [q, 1] . [k, log(s) / scale], so that fused kernels see ordinary queries and keys. (The other new
+    channels of a key hold zeros.) Our choice: without it, whatever reads proportions of a picture is misled
+    by what was merged or pruned.
     """
     ours, channels = module.config, query.shape[-1]
-    query = nn.functional.pad(nn.functional.pad(query, (0, 1), value=1.0), (0, EXTRA - 1))
+    query = nn.functional.pad(query, (0, EXTRA), value=1.0)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     plain = ALL_ATTENTION_FUNCTIONS.get_interface(ours.plain._attn_implementation, eager)
     module.config = ours.plain  # functions look up there which kernel they are to use
@@ -1181,6 +1181,8 @@ class LUVC:
     def _adopt(self, cache) -> None:
         """Make the cache count logical positions: its layers change, so the caller's object keeps working."""
         if cache.layers and all(isinstance(layer, PrunedLayer) for layer in cache.layers):
+            if [layer.sized for layer in cache.layers] != self.sized:
+                raise ValueError("this KV cache was filled by a LUVC with other settings; begin anew")
             return
         kinds = {type(layer).__name__ for layer in cache.layers}
         if not isinstance(cache, DynamicCache) or kinds - {"DynamicLayer"}:
@@ -1188,7 +1190,7 @@ class LUVC:
             raise ValueError(f"the KV cache, a {kind}, is not supported; use a DynamicCache, the default")
         if cache.get_seq_length():
             raise ValueError("this KV cache was filled without LUVC; begin anew with LUVC attached")
-        cache.layers = [PrunedLayer() for _ in self.layout.decoder.layers]
+        cache.layers = [PrunedLayer(sized) for sized in self.sized]
 
     def _run_layer(self, number: int, plain: Callable, hidden: Tensor, *args, **kwargs) -> Tensor:
         """Gather, run, scatter: one decoder layer on the positions that it processes.
@@ -1217,11 +1219,8 @@ class LUVC:
         if now is not None:
             self._past.append(stored(store))
         store.bias = None
-        if self.sized[number]:
-            scaling = self.layout.decoder.layers[number].self_attn.scaling
-            store.bias = (
-                now.sizes[number].log() / scaling if now is not None else hidden.new_zeros(hidden.shape[:2])
-            )
+        if now is not None and self.sized[number]:
+            store.bias = now.sizes[number].log() / self.layout.decoder.layers[number].self_attn.scaling
         if index is None:
             kwargs["attention_mask"] = self._mask(hidden, store, real=None)
             output = plain(hidden, *args, **kwargs)
