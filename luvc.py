@@ -773,10 +773,7 @@ class Positions:
     ):
         (B, self.S), device, frames = visual.shape, visual.device, iter(frames)
         # Here the host waits for the device, once; all that follows in this constructor happens on the host.
-        visual, real, alive = torch.stack(
-            [visual.to(torch.int8), real.to(torch.int8), alive.to(torch.int8)]
-        ).cpu()
-        visual = visual * real
+        visual, real, alive = torch.stack([t.to(torch.int8) for t in (visual * real, real, alive)]).cpu()
         pieces: dict[int, list[tuple[int, Tensor]]] = {}  # how many tokens -> (sample, their positions)
         for b in range(B):
             at = visual[b].nonzero()[:, 0]
@@ -834,9 +831,9 @@ class Positions:
             index = torch.where(self.keep, every, self.S).sort(dim=1).values[:, : max(self.totals)]
             self.index.append(None if min(self.totals) == self.S else index)
             self.sizes.append(self.size.gather(1, index))
-        else:
-            self.index.append(self.index[-1])
-            self.sizes.append(self.sizes[-1])
+        else:  # as in the layer before, which may be on another device
+            self.index.append(None if self.index[-1] is None else self.index[-1].to(device))
+            self.sizes.append(self.sizes[-1].to(device))
         return self.index[-1]
 
     def ragged(self) -> bool:
