@@ -637,11 +637,12 @@ class Grids:
         shapes, patches = [tuple(size.shape) for size in self.size], layout.unit**2
         frames = [h * w * patches for n, h, w in shapes for _ in range(n)]
         device, vision = self.size[0].device, layout.vision
-        self.frame_ends = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32, device=device)
+        ends = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32, device=device)
+        self.frame_ends = ends, max(frames)
         if hasattr(vision, "fullatt_block_indexes"):
             thw = torch.tensor([(n, h * layout.unit, w * layout.unit) for n, h, w in shapes])
             order, ends = get_vision_window_index(thw, layout.unit, vision.window_size, vision.patch_size)
-            self.order, self.window_ends = order.to(device), ends.to(device)
+            self.order, self.window_ends = order.to(device), (ends.to(device), int(ends.diff().max()))
 
     def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
         """Tokens as the model has them -> one grid (n, h, w, unit * unit * C) per picture."""
@@ -1024,7 +1025,10 @@ class LUVC:
         # last may hold none at all.
         self.sized = [config.sizes and 0 < f and (f < 1 or steps > 0) for f in self.fractions]
         self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
-        self._call: tuple[Tensor | None, Sequence[int]] = None, ()  # input_ids and clips of the running call
+        self._call: tuple[Tensor | None, Tensor | None] = (
+            None,
+            None,
+        )  # input_ids and clips of the running call
         self._grids: Grids | None = None  # the latest pictures in the encoder
         self._now: Positions | None = None  # the prefill that is running
         self._prefill: Positions | None = None  # the latest prefill
@@ -1066,7 +1070,7 @@ class LUVC:
         """Take the hooks out: the model is what it was before `attach`. Without effect if not attached."""
         for undo in self._undo:
             undo()
-        self._undo, self._call, self._now = [], (None, ()), None
+        self._undo, self._call, self._now = [], (None, None), None
         if getattr(self.model, "_luvc", None) is self:
             del self.model._luvc
 
@@ -1120,30 +1124,24 @@ class LUVC:
             grids.cos_sin = grids.rotary(hidden) if layout.packed else None
         if layout.packed:  # where frames or windows end, and which position each token has
             full = grids.order is None or number in layout.vision.fullatt_block_indexes
-            ends = grids.frame_ends if full else grids.window_ends
+            ends, longest = grids.frame_ends if full else grids.window_ends
             kwargs |= {"cu_seqlens": ends, "position_embeddings": grids.cos_sin}
-            if kwargs.get("max_seqlen") is not None:  # FlashAttention asks for the longest one
-                kwargs["max_seqlen"] = int(ends.diff().max())
+            if kwargs.get("max_seqlen") is not None:  # FlashAttention asks for it
+                kwargs["max_seqlen"] = longest
         return (hidden, *rest), kwargs
 
     # -- the LLM
 
     def _before_base(self, module, args, kwargs):
-        ids, embeds, clips = (
-            kwargs.get("input_ids", args[0] if args else None),
-            kwargs.get("inputs_embeds"),
-            (),
-        )
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if ids is None and embeds is not None and embeds.shape[1] > 1 and not self.off:
             raise ValueError("LUVC finds the pictures by input_ids; pass these instead of inputs_embeds")
-        if self.layout.clips and kwargs.get("video_grid_thw") is not None:
-            clips = kwargs["video_grid_thw"][:, 0].tolist()
-        self._call = ids, clips
+        self._call = ids, kwargs.get("video_grid_thw") if self.layout.clips else None
 
     def _before_decoder(self, module, args, kwargs):
         """Decide what this forward call processes, and let the KV cache count logical positions."""
         embeds, mask, cache = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "past_key_values"))
-        (ids, clips), self._call, self._now, self._kv = self._call, (None, ()), None, {}
+        (ids, clips), self._call, self._now, self._kv = self._call, (None, None), None, {}
         if embeds is None:  # the LLM alone, with ids of its own
             embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
         if not self.off:
@@ -1171,7 +1169,8 @@ class LUVC:
                 real = mask[:, -S:].to(embeds.device, torch.bool)
             alive, size = read_signposts(embeds, visual > 0) if self.merges else (every, every.float())
             start = cache.get_seq_length() if cache is not None else 0
-            self._now = Positions(visual, real, alive, size, self.layout.slots, clips, self.fractions, start)
+            frames = () if clips is None else clips[:, 0].tolist()
+            self._now = Positions(visual, real, alive, size, self.layout.slots, frames, self.fractions, start)
             self._prefill, self._past = self._now, []
         return args, kwargs
 
