@@ -1150,7 +1150,10 @@ class LUVC:
             if module.training and getattr(module, "gradient_checkpointing", False):
                 raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
             if mask is not None and getattr(mask, "ndim", 0) != 2:
-                raise ValueError("LUVC needs the 2-D attention_mask (B, P + S) of the padding, or none")
+                raise ValueError(
+                    "LUVC needs the 2-D attention_mask (B, P + S) of the padding, or none; static KV caches come "
+                    "with another, so use a DynamicCache, the default"
+                )
             use_cache = kwargs.get("use_cache")
             if cache is None and (module.config.use_cache if use_cache is None else use_cache):
                 cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
