@@ -984,6 +984,20 @@ class Report:
         return "\n".join([*lines, f"LLM prefill FLOPs left {self.flops_left:.1%}"])
 
 
+def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
+    """Give a module another forward. Returns the function that takes it back."""
+    had_own, plain = "forward" in module.__dict__, module.forward
+    module.forward = forward
+
+    def undo():
+        if had_own:  # accelerate wraps in the same way when it spreads a model over devices
+            module.forward = plain
+        else:
+            del module.forward
+
+    return undo
+
+
 class LUVC:
     """Hook merging and pruning into a model, in place and reversibly.
 
@@ -1046,7 +1060,8 @@ class LUVC:
         """
         if getattr(self.model, "_luvc", None) is not None:
             raise ValueError("a LUVC is attached to this model already; detach() it first")
-        if any(module._compiled_call_impl is not None for module in self.model.modules()):
+        modules = list(self.model.modules())
+        if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
             raise ValueError("the model is compiled; LUVC's hooks need eager mode: use the model from before")
         self.model._luvc, layout = self, self.layout
         handles = [
@@ -1062,6 +1077,8 @@ class LUVC:
             handles.append(layout.projector.register_forward_hook(deliver))
             handles += [module.register_forward_hook(spread) for module in layout.deepstack]
         self._undo = [handle.remove for handle in handles]
+        # What torch.compile made of the model before does not see hooks, but it does see another forward.
+        self._undo.append(replace_forward(layout.base, torch.compiler.disable(layout.base.forward)))
         for number, layer in enumerate(layout.decoder.layers):
             self._undo.append(self._wrap(number, layer))
         return self
@@ -1084,20 +1101,18 @@ class LUVC:
         # A layer is wrapped at `forward`, inside of its hooks. transformers collects hidden_states by hooks
         # on the layers: these have to see the logical sequence on both sides, which a pre-hook of ours would
         # take away.
-        had_own, plain, attention = "forward" in layer.__dict__, layer.forward, layer.self_attn
+        plain, attention = layer.forward, layer.self_attn
         plain_config = attention.config
 
         def forward(hidden_states, *args, **kwargs):
             return self._run_layer(number, plain, hidden_states, *args, **kwargs)
 
+        restore = replace_forward(layer, forward)
+
         def undo():
             attention.config = plain_config
-            if had_own:  # accelerate wraps in the same way when it spreads a model over devices
-                layer.forward = plain
-            else:
-                del layer.forward
+            restore()
 
-        layer.forward = forward
         if self.sized[number]:  # a config of its own for this module: nothing else sees another attention
             attention.config = copy.copy(plain_config)
             attention.config._attn_implementation, attention.config.plain = "luvc", plain_config
@@ -1145,8 +1160,6 @@ class LUVC:
         if embeds is None:  # the LLM alone, with ids of its own
             embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
         if not self.off:
-            if torch.compiler.is_compiling():
-                raise ValueError("LUVC's hooks need eager mode; call the model without torch.compile")
             if module.training and getattr(module, "gradient_checkpointing", False):
                 raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
             if mask is not None and getattr(mask, "ndim", 0) != 2:
