@@ -974,10 +974,9 @@ class Report:
     flops_left: float
 
     def __str__(self) -> str:
+        plain = f"{self.visual_full} and {self.positions_full}"
         lines = [f"vision tokens, per encoder block: {', '.join(map(str, self.vision_tokens))}"]
-        lines += [
-            f"decoder layer, visual tokens (plain: {self.visual_full}), positions ({self.positions_full})"
-        ]
+        lines.append(f"decoder layer, visual tokens, all positions (plain: {plain})")
         for layer, (visual, every) in enumerate(zip(self.visual_tokens, self.positions, strict=True)):
             lines.append(f"{layer:5d} {visual:6d} {every:6d} {'#' * round(60 * every / self.positions_full)}")
         lines.append(f"KV cache {self.kv_bytes:,} bytes, plain {self.kv_bytes_full:,}")
@@ -1039,10 +1038,7 @@ class LUVC:
         # last may hold none at all.
         self.sized = [config.sizes and 0 < f and (f < 1 or steps > 0) for f in self.fractions]
         self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
-        self._call: tuple[Tensor | None, Tensor | None] = (
-            None,
-            None,
-        )  # input_ids and clips of the running call
+        self._call = None, None  # input_ids and video_grid_thw of the call that is running
         self._grids: Grids | None = None  # the latest pictures in the encoder
         self._now: Positions | None = None  # the prefill that is running
         self._prefill: Positions | None = None  # the latest prefill
