@@ -10,13 +10,16 @@ A picture becomes hundreds of visual tokens, and the LLM pays for each of them i
 units. The **Orthogonal Iterative Merger** (OIM) merges neighbouring tokens inside the vision encoder, along
 one spatial axis at a time. The **Spectrum Pruning Unit** (SPU) prunes visual tokens inside the LLM, layer
 after layer, until none are left at the last one; it scores them with a low-pass filter instead of attention,
-so no attention map is ever needed and FlashAttention keeps working.
+so no attention map is ever needed and FlashAttention keeps working. What is left weighs in attention as much
+as what it stands for.
 
 Only the paper's abstract and short summaries were available to us. What it states and what we choose is
 listed in README.md ("The ledger"); a choice of ours is marked `Our choice` where it is made.
 
 How to read: top to bottom. Sections 1 and 2 are the algorithms: pure functions that need only torch, made to
-be copied. Section 3 holds the settings, section 4 hooks both units into a model, section 5 runs it.
+be copied. Section 3 holds the settings, section 4 hooks both units into a model (LLaVA, Qwen2-VL, Qwen2.5-VL,
+Qwen3-VL, InternVL, Idefics3 and SmolVLM; LLaVA-NeXT and LLaVA-OneVision with the pruner alone), section 5
+runs it.
 
 Symbols, in shapes and names:
     B   batch                            N   visual tokens of one picture
@@ -24,8 +27,8 @@ Symbols, in shapes and names:
     C   channels                         S   sequence length of one forward call of the LLM
     L   layers of the LLM                P   positions that the KV cache has seen before this call
 
-What this file does not do: other layouts than LLaVA's (`LAYOUTS` is the place), static or quantised KV
-caches, sliding-window attention, cropping the cache (assisted decoding), training with gradient
+What this file does not do: other families (`LAYOUTS` is the place), static or quantised KV caches, layers
+with sliding windows or linear attention, cropping the cache (assisted decoding), training with gradient
 checkpointing, 4-D attention masks made by the caller. All of these are refused with an error that says so.
 """
 
