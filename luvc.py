@@ -59,7 +59,7 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
     Every line of the axis is cut at its `keep - 1` sharpest boundaries, where the cosine similarity of two
     neighbours is lowest; on a tie the lower index is cut. Each run between two cuts becomes its size-weighted
     mean. All lines lose the same number of tokens, so the grid stays a rectangle, and the work is one sort of
-    each short line, one `cumsum` and one `scatter_add`, where global matching compares all pairs of tokens.
+    each short line, one `cumsum` and one `index_add`, where global matching compares all pairs of tokens.
 
     Args:
         x: (B, H, W, C) floating, the tokens. Zero tokens are legal: a zero token has similarity 1 to another
@@ -99,8 +99,8 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
     token, mass = x.to(accumulate), size.to(accumulate)
 
     # How alike are neighbours? The floor only guards 0 / 0; two zero tokens are alike by definition.
-    norm = token.square().sum(-1).sqrt()  # (B, H, W)
-    dot = (token[:, :, :-1] * token[:, :, 1:]).sum(-1)  # (B, H, W - 1)
+    norm = torch.linalg.vector_norm(token, dim=-1)  # (B, H, W)
+    dot = torch.linalg.vecdot(token[:, :, :-1], token[:, :, 1:])  # (B, H, W - 1)
     similar = dot / (norm[:, :, :-1] * norm[:, :, 1:]).clamp(min=torch.finfo(accumulate).tiny)
     similar = similar.masked_fill((norm[:, :, :-1] == 0) & (norm[:, :, 1:] == 0), 1.0)
 
@@ -111,9 +111,10 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
 
     # A run becomes one token: nothing is thrown away here, only averaged.
     total = mass.new_zeros(B, H, keep).scatter_add_(-1, parent, mass)
-    merged = token.new_zeros(B, H, keep, C)
-    merged.scatter_add_(2, parent[..., None].expand(B, H, W, C), token * mass[..., None])
-    return (merged / total[..., None]).to(x.dtype), total.to(size.dtype), parent
+    row = torch.arange(B * H, device=x.device).view(B, H, 1) * keep + parent  # of all tokens that are left
+    weighted = (token * mass[..., None]).flatten(0, 2)
+    merged = token.new_zeros(B * H * keep, C).index_add_(0, row.flatten(), weighted)
+    return (merged.view(B, H, keep, C) / total[..., None]).to(x.dtype), total.to(size.dtype), parent
 
 
 def merge_plan(H: int, W: int, keep: float, steps: int) -> list[tuple[int, int, int]]:
@@ -811,7 +812,8 @@ class Positions:
 
         Returns:
             (B, K) int64, the positions that it processes, ascending, filled up at the end with S where a
-            sample has fewer than others; None if it processes every position of every sample.
+            sample has fewer than others; None if it processes every position of every sample. Noted in
+            `index`, `sizes` (a pruned token passes its size on in the same layer) and `visual`.
         """
         layer, device = len(self.index), hidden.device
         self.keep, self.size, changed = self.keep.to(device), self.size.to(device), layer == 0
@@ -938,7 +940,7 @@ def sized_attention(module, query, key, value, attention_mask, **kwargs):
     """
     ours, channels = module.config, query.shape[-1]
     query = nn.functional.pad(query, (0, EXTRA), value=1.0)
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     plain = ALL_ATTENTION_FUNCTIONS.get_interface(ours.plain._attn_implementation, eager)
     module.config = ours.plain  # functions look up there which kernel they are to use
     try:
@@ -964,7 +966,8 @@ class Report:
         2 * M * n  +  4 * A * (n * p + n * (n + 1) / 2)         (a multiply-add counts as two)
 
     floating-point operations per sample. The fraction sums this over all decoder layers, for the positions
-    that were processed and for all that are not padding. Embedding, encoder and output head are not counted.
+    that were processed and for all that are not padding. Embedding, encoder, output head and the channels
+    that sizes add to the keys are not counted.
     """
 
     vision_tokens: list[int]  # per encoder block, of the pictures encoded last, CLS not counted
@@ -1215,7 +1218,8 @@ class LUVC:
 
         Returns:
             (B, S, C): processed positions updated, all others as they came. `select` says which ones are
-            processed (a filler has index S), `_mask` makes the mask and tells the KV cache what will come.
+            processed (a filler has index S), `_mask` makes the mask and tells the KV cache what will come. In
+            a prefill, a layer in `sized` gets its cache's `bias`: log(size) / scale of what it processes.
         """
         now, cache = self._now, kwargs.get("past_key_values")
         index = now.select(hidden, self.config.prune) if now is not None else None

@@ -33,6 +33,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -1940,6 +1941,58 @@ def test_refused_calls_name_the_way_out():
         model(input_ids=ids, pixel_values=image, use_cache=False)
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses whatever makes a GPU's host wait: values that decide shapes or come back as Python numbers."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_", "_index_put_impl_") else ()
+        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        assert not masked and not name.startswith(self.WAITS), (
+            f"{function}: on a GPU the host would wait here"
+        )
+        return function(*args, **(kwargs or {}))
+
+
+def between_layers(model, enter, leave):
+    """Hooks that call `enter` when the first decoder layer is done and `leave` when the last one is."""
+    layers = model.model.language_model.layers
+    first = layers[0].register_forward_hook(lambda *_: enter())
+    return [first, layers[-1].register_forward_hook(lambda *_: leave())]
+
+
+@pytest.mark.task4
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_do_not_wait_for_the_device(kind, monkeypatch):
+    """Catches: a value that is read on the host inside of the decoder layers. The same on a GPU is in section 5."""
+    model, mode = tiny(kind), NoWaiting()
+    rows = [prompt(model, 1, "v", 5, "v", 7), prompt(model, 1, "v", 6, 7, 8)]  # fillers, two pictures at once
+
+    def refuse(*_):
+        raise AssertionError("tolist() in a decoder layer: on a GPU the host would wait here")
+
+    def enter():
+        monkeypatch.setattr(
+            torch.Tensor, "tolist", refuse
+        )  # it reads a CPU tensor without asking the dispatcher
+        mode.__enter__()
+
+    def leave():
+        mode.__exit__(None, None, None)
+        monkeypatch.undo()
+
+    handles = between_layers(model, enter, leave)
+    with LUVC(model, MERGED) as luvc:
+        forward(model, rows, pixels(3))
+        assert luvc.report().visual_tokens[-1] == 0
+    for handle in handles:
+        handle.remove()
+    with pytest.raises(AssertionError, match="wait"), mode:  # the probe itself
+        torch.ones(3)[torch.tensor([True, False, True])]
+
+
 # ======================================================================================================
 # 3b. The wrapper on every family
 # ======================================================================================================
@@ -2909,6 +2962,25 @@ def test_functions_do_not_wait_for_the_gpu():
 
 @pytest.mark.gpu
 @needs_gpu
+def test_layers_do_not_wait_for_the_gpu():
+    model = tiny().cuda()
+    rows = [prompt(model, 1, "v", 5, "v", 7), prompt(model, 1, "v", 6, 7, 8)]
+    batch, images = {k: v.cuda() for k, v in pad_batch(rows, "left").items()}, pixels(3).cuda()
+    with LUVC(model, MERGED), torch.no_grad():
+        model(**batch, pixel_values=images)  # FFT plans are made once
+        torch.cuda.synchronize()
+        check = torch.cuda.set_sync_debug_mode
+        handles = between_layers(model, lambda: check("error"), lambda: check("default"))
+        try:
+            model(**batch, pixel_values=images)
+        finally:
+            check("default")
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("kind", ["toy"])
 def test_bfloat16_flash_kernel_is_near_lossless(kind):
     """The flash kernel forced, bfloat16: LUVC may be at most twice as far from its float32 self as the plain
@@ -2998,11 +3070,10 @@ def write_assignment(name: str) -> int:
 WRONG = {
     "the mean is not weighted": (
         1,
-        """token * mass[..., None])
-    return (merged / total[..., None])""",
-        """token)
+        "return (merged.view(B, H, keep, C) / total[..., None])",
+        """merged = token.new_zeros(B * H * keep, C).index_add_(0, row.flatten(), token.flatten(0, 2))
     count = torch.zeros_like(total).scatter_add_(-1, parent, torch.ones_like(mass))
-    return (merged / count[..., None])""",
+    return (merged.view(B, H, keep, C) / count[..., None])""",
         "is the mean weighted by size?",
     ),
     "sizes are not carried": (
