@@ -114,7 +114,7 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
     row = torch.arange(B * H, device=x.device).view(B, H, 1) * keep + parent  # of all tokens that are left
     weighted = (token * mass[..., None]).flatten(0, 2)
     merged = token.new_zeros(B * H * keep, C).index_add_(0, row.flatten(), weighted)
-    return (merged.view(B, H, keep, C) / total[..., None]).to(x.dtype), total.to(size.dtype), parent
+    return merged.view(B, H, keep, C).div_(total[..., None]).to(x.dtype), total.to(size.dtype), parent
 
 
 def merge_plan(H: int, W: int, keep: float, steps: int) -> list[tuple[int, int, int]]:
