@@ -1421,7 +1421,7 @@ def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
             where, dtype=dtype, attn_implementation=attn, **safe
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"--model {name}: {error}") from error
+        raise ValueError(f"--model {name}: {str(error).strip()}") from error
     return model.to(device).eval(), processor
 
 
