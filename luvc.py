@@ -473,9 +473,7 @@ class Layout:
     unit: int = 1  # a slot is unit x unit patches
     prefix: int = 0  # tokens in front of the grid inside the encoder (CLS)
     slots_prefix: int = 0  # how many of these also reach the LLM
-    packed: bool = (
-        False  # (patches, C), slot by slot, with rotary positions; else (tiles, prefix + patches, C)
-    )
+    packed: bool = False  # (patches, C), slot by slot, rotary positions; else (tiles, prefix + patches, C)
     square: bool = False  # the model takes the square root of the number of patches for the side of the grid
     clips: bool = False  # a video is one run of placeholders, frame after frame, instead of a run per frame
     deepstack: Sequence[nn.Module] = ()  # projectors of features for the LLM's first layers
@@ -487,14 +485,19 @@ class Layout:
         return 0 if self.packed or self.no_merger else self.slots_prefix + self.H * self.W
 
 
+def blocks_before(layer: int, blocks: Sequence[nn.Module]) -> int:
+    """How many blocks run before hidden_states[layer]: [0] are the embeddings, [i] is what block i - 1 returns."""
+    if not isinstance(layer, int):
+        raise ValueError(f"vision_feature_layer={layer} must be a single layer")
+    return layer % (len(blocks) + 1)
+
+
 def llava_layout(model: nn.Module) -> Layout:
     """LLaVA, LLaVA-NeXT, LLaVA-OneVision: CLIP or SigLIP tower, one feature layer, with or without CLS."""
     config, base = model.config, model.base_model
     vision, clip = config.vision_config, "clip_vision_model"
     if vision.model_type not in (clip, "siglip_vision_model"):
         raise ValueError(f"vision tower {vision.model_type!r} is not supported; for LLaVA, CLIP or SigLIP")
-    if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(f"vision_feature_layer={config.vision_feature_layer} must be a single layer")
     prefix, full = int(vision.model_type == clip), config.vision_feature_select_strategy == "full"
     if not full and not prefix:
         raise ValueError('vision_feature_select_strategy="default" drops CLS; SigLIP has none, so set "full"')
@@ -507,8 +510,7 @@ def llava_layout(model: nn.Module) -> Layout:
         blocks=blocks,
         projector=base.multi_modal_projector,
         visual_ids=(config.image_token_id, getattr(config, "video_token_id", config.image_token_id)),
-        # hidden_states[0] are the embeddings, hidden_states[i] is what block i - 1 returns.
-        used_blocks=config.vision_feature_layer % (len(blocks) + 1),
+        used_blocks=blocks_before(config.vision_feature_layer, blocks),
         H=side,
         W=side,
         prefix=prefix,
@@ -528,7 +530,7 @@ def internvl_layout(model: nn.Module) -> Layout:
         blocks=blocks,
         projector=base.multi_modal_projector,
         visual_ids=(config.image_token_id,),
-        used_blocks=config.vision_feature_layer % (len(blocks) + 1),
+        used_blocks=blocks_before(config.vision_feature_layer, blocks),
         H=vision.image_size[0] // vision.patch_size[0] // unit,
         W=vision.image_size[1] // vision.patch_size[1] // unit,
         unit=unit,
