@@ -3070,10 +3070,10 @@ def write_assignment(name: str) -> int:
 WRONG = {
     "the mean is not weighted": (
         1,
-        "return (merged.view(B, H, keep, C) / total[..., None])",
+        "return merged.view(B, H, keep, C).div_(total[..., None])",
         """merged = token.new_zeros(B * H * keep, C).index_add_(0, row.flatten(), token.flatten(0, 2))
     count = torch.zeros_like(total).scatter_add_(-1, parent, torch.ones_like(mass))
-    return (merged.view(B, H, keep, C) / count[..., None])""",
+    return merged.view(B, H, keep, C).div_(count[..., None])""",
         "is the mean weighted by size?",
     ),
     "sizes are not carried": (
