@@ -2,8 +2,8 @@
 
 Section 1 and 2 are properties of the pure functions: hypothesis draws the elements, small integers make sums
 exact, and an oracle in plain loops says what is right. Section 3 checks the wrapper on tiny random LLaVA
-models against a dense reference that masks instead of removing. Section 4 is the trained toy and the command
-line. Each test names the mistake that it would catch.
+models against a dense reference that masks instead of removing; section 3b does so for every family. Section
+4 is the trained toy and the command line, section 5 needs a GPU. Each test names the mistake that it would catch.
 
 luvc.py is also a course assignment, in four tasks (section 6):
 
@@ -3006,7 +3006,7 @@ def test_bfloat16_flash_kernel_is_near_lossless(kind):
 # 6. The assignment
 # ======================================================================================================
 #
-# The tests of sections 1 to 3 carry the latest task that they need, so a mistake in one task fails no test of an
+# The tests of sections 1 to 3, without 3b, carry the latest task that they need, so a mistake in one task fails no test of an
 # earlier one. Tests without a task need no function that is taught, or the toy, or a GPU.
 
 TAUGHT = {  # function or Class.method -> (task, what is to be written); the order is that of luvc.py
