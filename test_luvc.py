@@ -3006,8 +3006,8 @@ def test_bfloat16_flash_kernel_is_near_lossless(kind):
 # 6. The assignment
 # ======================================================================================================
 #
-# The tests of sections 1 to 3, without 3b, carry the latest task that they need, so a mistake in one task fails no test of an
-# earlier one. Tests without a task need no function that is taught, or the toy, or a GPU.
+# The tests of sections 1 to 3, without 3b, carry the latest task that they need, so a mistake in one task fails no
+# test of an earlier one. Tests without a task need no function that is taught, or other families, the toy, a GPU.
 
 TAUGHT = {  # function or Class.method -> (task, what is to be written); the order is that of luvc.py
     "merge_axis": (1, "merge neighbouring tokens along one axis of the grid"),
