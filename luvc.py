@@ -340,6 +340,18 @@ def inherit(size: Tensor, kept: Tensor) -> Tensor:
 # ======================================================================================================
 
 
+@functools.lru_cache(maxsize=32)
+def projection(C: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(C, channels): random, and the same in every call.
+
+    A random projection nearly keeps lengths (Johnson and Lindenstrauss, 1984), and the filter is linear: so
+    what the filter removes has nearly the same length in the projection. Source: our choice, see README.
+    """
+    with torch.inference_mode(False):  # whoever asks first may run inference, who comes next may train
+        numbers = torch.randn(C, channels, generator=torch.Generator().manual_seed(0), device="cpu")
+        return (numbers / math.sqrt(channels)).to(device, dtype)
+
+
 @dataclass(frozen=True)
 class LUVCConfig:
     """What is merged and pruned, checked when it is made.
@@ -375,6 +387,10 @@ class LUVCConfig:
     normalize: bool = True
     """Bring every token to norm 1 before the filter. False: the raw hidden states."""
 
+    channels: int = 64
+    """Tokens of more channels than this are scored in a random projection to so many (see `projection`). What
+    scoring costs then hardly depends on the width of the LLM."""
+
     merge: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]] = merge_axis
     """The function that merges along one axis, for ablations; its contract is that of `merge_axis`."""
 
@@ -387,6 +403,8 @@ class LUVCConfig:
             raise ValueError(f"cutoff={self.cutoff} must lie in [0, 1]")
         if not callable(self.score) and self.score not in ("detail", "smooth"):
             raise ValueError(f'score={self.score!r} must be "detail", "smooth" or a function (x, keep)')
+        if not isinstance(self.channels, int) or self.channels < 1:
+            raise ValueError(f"channels={self.channels} must be a whole number of at least 1")
         if not callable(self.merge):
             raise ValueError(f"merge={self.merge!r} must be a function with the contract of merge_axis")
         if self.llm_keep is None:
@@ -420,6 +438,8 @@ class LUVCConfig:
         """Positions (B, keep) that these settings keep of the tokens x (B, N, C)."""
         if callable(self.score):
             return self.score(x, keep)
+        if keep and x.shape[2] > self.channels:
+            x = x @ projection(x.shape[2], self.channels, x.device, x.dtype)
         return spectral_prune(x, keep, self.cutoff, self.score, self.normalize)
 
 

@@ -875,12 +875,39 @@ def test_linear_schedule_ends_at_zero(layers):
         ({"cutoff": float("nan")}, "nan"),
         ({"score": "attention"}, "attention"),
         ({"merge": 3}, "merge=3"),
+        ({"channels": 0}, "channels=0"),
     ],
 )
 def test_settings_are_checked_when_made(bad, names):
     with pytest.raises(ValueError) as error:
         LUVCConfig(**bad)
     assert names in str(error.value)
+
+
+@pytest.mark.task3
+def test_scores_in_a_projection():
+    """Catches: a projection that changes from call to call or takes numbers from the global generator, one that
+    does not keep lengths, one that is left out, one that cannot be trained through after inference."""
+    C, channels, N = 256, 64, 400
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        first = reference.projection(C, channels, torch.device("cpu"), torch.float32)
+        after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1)), "the global random numbers are the caller's"
+    reference.projection.cache_clear()
+    assert torch.equal(first, reference.projection(C, channels, torch.device("cpu"), torch.float32))
+    x = torch.randn(1, N, C, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (x @ first).sum().backward()  # refused for tensors that were made in inference mode
+    x = x.detach()
+    ratio = (x @ first).square().sum() / x.square().sum()
+    # One squared length varies by sqrt(2 / channels). The mean over N tokens varies less, but not below what the one
+    # projection that they share gives all of them: 1 / sqrt(C) of that. Six standard deviations of both.
+    assert abs(ratio - 1) < 6 * math.sqrt(2 / channels) * (1 / math.sqrt(N) + 1 / math.sqrt(C)), ratio
+    config = LUVCConfig(channels=channels)
+    assert torch.equal(config.prune(x, 100), spectral_prune(x @ first, 100, config.cutoff))
+    assert torch.equal(LUVCConfig(channels=C).prune(x, 100), spectral_prune(x, 100, config.cutoff))
+    assert config.prune(x, 0).shape == (1, 0)
 
 
 def test_settings_spelled_out():
@@ -1087,6 +1114,7 @@ CONFIGS = {
     "pruner": LUVCConfig(vision_keep=1.0),
     "both": MERGED,
     "flat": LUVCConfig(vision_keep=1.0, llm_keep=0.4),
+    "projected": LUVCConfig(vision_keep=1.0, channels=8),
     "equal": LUVCConfig(vision_keep=0.45, vision_steps=3, sizes=False),
     "flat, equal": LUVCConfig(vision_keep=1.0, llm_keep=0.4, sizes=False),
     "sequence": LUVCConfig(vision_keep=0.6, llm_keep=[0.9, 0.9, 0.3, 0.0], score="smooth", normalize=False),

@@ -84,6 +84,7 @@ METHODS = [
     ("OIM alone, to 25 %, without token sizes", LUVCConfig(**QUARTER, sizes=False)),
     ("average pooling, to 25 %, without token sizes", LUVCConfig(**QUARTER, sizes=False, merge=pool_axis)),
     ("SPU alone", LUVCConfig(vision_keep=1.0)),
+    ("SPU alone, scored in a projection to 16 channels", LUVCConfig(vision_keep=1.0, channels=16)),
     ("SPU alone, without bringing tokens to norm 1", LUVCConfig(vision_keep=1.0, normalize=False)),
     ("SPU alone, reversed (keeps what is smooth)", LUVCConfig(vision_keep=1.0, score="smooth")),
     ("evenly spread in place of SPU", LUVCConfig(vision_keep=1.0, score=even_tokens)),
