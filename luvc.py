@@ -506,7 +506,7 @@ class Layout:
 
 
 def blocks_before(layer: int, blocks: Sequence[nn.Module]) -> int:
-    """How many blocks run before hidden_states[layer]: [0] are the embeddings, [i] is what block i - 1 returns."""
+    """How many blocks run before hidden_states[layer]: [0] are the embeddings, [i] is from block i - 1."""
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer={layer} must be a single layer")
     return layer % (len(blocks) + 1)
@@ -658,7 +658,7 @@ class Grids:
     def arrange(self) -> None:
         """Where frames and windows end in a packed sequence, and in which order windows want the slots."""
         self.order, layout = None, self.layout
-        if not layout.packed:
+        if not layout.packed or not any(self.plans):  # without merging the model's own will do
             return
         shapes, patches = [tuple(size.shape) for size in self.size], layout.unit**2
         frames = [h * w * patches for n, h, w in shapes for _ in range(n)]
@@ -1093,7 +1093,9 @@ class LUVC:
             layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             layout.vision.register_forward_pre_hook(self._before_vision, with_kwargs=True),
         ]
-        for number in range(min(self.merges, default=layout.used_blocks), layout.used_blocks):
+        # Packed tokens come with positions: every block from the first merge on has to get the new ones.
+        later = range(min(self.merges, default=layout.used_blocks), layout.used_blocks)
+        for number in later if layout.packed else self.merges:
             hook = functools.partial(self._before_block, number)
             handles.append(layout.blocks[number].register_forward_pre_hook(hook, with_kwargs=True))
         if self.merges:
@@ -1188,8 +1190,8 @@ class LUVC:
                 raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
             if mask is not None and getattr(mask, "ndim", 0) != 2:
                 raise ValueError(
-                    "LUVC needs the 2-D attention_mask (B, P + S) of the padding, or none; static KV caches come "
-                    "with another, so use a DynamicCache, the default"
+                    "LUVC needs the 2-D attention_mask (B, P + S) of the padding, or none; static KV caches "
+                    "come with another, so use a DynamicCache, the default"
                 )
             use_cache = kwargs.get("use_cache")
             if cache is None and (module.config.use_cache if use_cache is None else use_cache):
@@ -1338,7 +1340,7 @@ class LUVC:
 
     @property
     def groups(self) -> list[Tensor]:
-        """For each picture, tile or frame that was encoded last: (H * W,) int64, the merged token of each slot.
+        """For each picture, tile or frame encoded last: (H * W,) int64, the merged token of each slot.
 
         ValueError before the first picture.
         """
@@ -1394,11 +1396,22 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    def keep(text: str) -> float | tuple[float, ...]:
-        numbers = tuple(float(part) for part in text.split(","))
-        return numbers[0] if len(numbers) == 1 else numbers
+def fractions(text: str) -> float | tuple[float, ...]:
+    """What --llm-keep may be: a number, or numbers with commas between them."""
+    numbers = tuple(float(part) for part in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
 
+
+def check_device(device: str) -> None:
+    """Raises ValueError if there is no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu can") from error
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     default = LUVCConfig()
     parser = OneLineParser(prog="luvc.py", description="Ask a VLM about a picture, with and without LUVC.")
     add = parser.add_argument
@@ -1406,7 +1419,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image", default=HERE / "toy" / "example.png", help="picture file (default: the toy's example)")
     add("--prompt", default=EXAMPLE_PROMPT, help="(default: %(default)r)")
     add("--vision-keep", type=float, default=default.vision_keep, metavar="F", help="as in LUVCConfig")
-    add("--llm-keep", type=keep, default=default.llm_keep, metavar="F|F,F,...", help="as in LUVCConfig")
+    add("--llm-keep", type=fractions, default=default.llm_keep, metavar="F|F,F,...", help="as in LUVCConfig")
     add("--cutoff", type=float, default=default.cutoff, metavar="F", help="as in LUVCConfig")
     add("--max-new-tokens", type=int, default=16, metavar="N")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
@@ -1426,11 +1439,7 @@ def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import is_flash_attn_2_available
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu can") from error
+    check_device(device)
     if attn == "flash_attention_2" and not is_flash_attn_2_available():
         raise ValueError("--attn flash_attention_2: flash-attn is not installed (see requirements.txt)")
     path = HERE / "toy" if name == "toy" else Path(name)

@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from luvc import LUVC, LUVCConfig, OneLineParser, find_layout, load, merge_axis
+from luvc import LUVC, LUVCConfig, OneLineParser, check_device, find_layout, fractions, load, merge_axis
 
 DEFAULT, WARM = LUVCConfig(), 2  # WARM: rounds that are not counted
 
@@ -372,11 +372,8 @@ def whole(text):
     return int(text)
 
 
-def several(kind):
-    def numbers(text):
-        return [kind(part) for part in text.split(",")]
-
-    return numbers
+def wholes(text):
+    return [whole(part) for part in text.split(",")]
 
 
 def parse_arguments(argv):
@@ -385,25 +382,21 @@ def parse_arguments(argv):
     which.add_argument("--model", default="toy", help="checkpoint folder (default: the toy)")
     which.add_argument("--shape", help=f"random weights instead: {', '.join(SHAPES)}")
     which.add_argument("--merge", action="store_true", help="merge_axis against global matching; no model")
-    add("--tokens", type=several(whole), default=[576, 1152], metavar="N,...", help="visual, per sample")
+    add("--tokens", type=wholes, default=[576, 1152], metavar="N,...", help="visual, per sample")
     add("--batch", type=whole, default=1, metavar="N")
     add("--text", type=whole, default=64, metavar="N", help="text tokens (default %(default)s)")
-    add("--new-tokens", type=several(whole), default=[128, 1024], metavar="N,...", help="(default 128,1024)")
+    add("--new-tokens", type=wholes, default=[128, 1024], metavar="N,...", help="(default 128,1024)")
     add("--repeats", type=whole, default=9, metavar="N", help="prefills (default %(default)s)")
     add("--decode-repeats", type=whole, default=3, metavar="N", help="generations (default %(default)s)")
     add("--layers", type=whole, metavar="N", help="cut a shape to N layers, for a quick trial")
     add("--vision-keep", type=float, default=DEFAULT.vision_keep, metavar="F", help="as in LUVCConfig")
-    add("--llm-keep", type=several(float), metavar="F|F,F,...", help="as in LUVCConfig")
+    add("--llm-keep", type=fractions, metavar="F|F,F,...", help="as in LUVCConfig")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: bfloat16, on a CPU float32)")
     add("--attn", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
     add("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args(argv)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used here ({reason})") from error
+    check_device(args.device)
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)  # events and memory are those of the current device
     if args.layers and not args.shape:
@@ -413,9 +406,7 @@ def parse_arguments(argv):
             f"--text {args.text} must be at least 2: one token before and one behind the picture"
         )
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    keep = args.llm_keep
-    keep = keep[0] if keep is not None and len(keep) == 1 else keep
-    args.config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=keep)
+    args.config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep)
     return args
 
 
