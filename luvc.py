@@ -9,27 +9,26 @@ Jiang, Hu, Chen; arXiv 2512.09010) on stock Hugging Face transformers:
 A picture becomes hundreds of visual tokens, and the LLM pays for each of them in every layer. LUVC has two
 units. The **Orthogonal Iterative Merger** (OIM) merges neighbouring tokens inside the vision encoder, along
 one spatial axis at a time. The **Spectrum Pruning Unit** (SPU) prunes visual tokens inside the LLM, layer
-after layer, until none are left at the last one; it scores them with a low-pass filter instead of attention,
-so no attention map is ever needed and FlashAttention keeps working. What is left weighs in attention as much
-as what it stands for.
+after layer, until none are left at the last one; a low-pass filter scores them, not attention, so that no
+attention map is needed and FlashAttention keeps working.
 
-Only the paper's abstract and short summaries were available to us. What it states and what we choose is
-listed in README.md ("The ledger"); a choice of ours is marked `Our choice` where it is made.
+One number runs through all of it: the *size* of a token, how many original tokens it stands for. Merging adds
+sizes up, pruning passes them on to neighbours, attention weighs a token by its size. A token of size 0 is not
+there: that is what pruned tokens and padding are. So the sizes of a picture add up to the same in every layer
+until the picture is gone, and one array of sizes says all there is to know about a layer.
 
-How to read: top to bottom. Sections 1 and 2 are the algorithms: pure functions that need only torch, made to
-be copied. Section 3 holds the settings, section 4 hooks both units into a model (LLaVA, Qwen2-VL, Qwen2.5-VL,
-Qwen3-VL, InternVL, Idefics3 and SmolVLM; LLaVA-NeXT and LLaVA-OneVision with the pruner alone), section 5
-runs it.
+How to read. 1 merging, 2 pruning: pure functions, torch only, made to be copied. 3 the settings. 4 pruning
+inside an LLM: after it, before half of the file, you know the method. 5 merging inside the encoders of several
+families of models. 6 hooks in, hooks out. 7 the command line.
 
-Symbols, in shapes and names:
     B   batch                            N   visual tokens of one picture
     H W token grid of one picture        K   tokens kept
     C   channels                         S   sequence length of one forward call of the LLM
-    L   layers of the LLM                P   positions that the KV cache has seen before this call
 
-What this file does not do: other families (`LAYOUTS` is the place), static or quantised KV caches, layers
-with sliding windows or linear attention, cropping the cache (assisted decoding), training with gradient
-checkpointing, 4-D attention masks made by the caller. All of these are refused with an error that says so.
+Only the paper's abstract and summaries were available to us: what it states and what we choose is README's
+"ledger". A choice is marked `Our choice` where it is made. Not done here, and refused with an error that says
+so: other families, static or quantised KV caches, sliding windows, linear attention, cropping the cache
+(assisted decoding), gradient checkpointing, 4-D attention masks.
 """
 
 import argparse
@@ -42,6 +41,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 
 # ======================================================================================================
-# 1. Merging: the Orthogonal Iterative Merger (needs only torch)
+# 1. Merging: the Orthogonal Iterative Merger
 # ======================================================================================================
 
 
@@ -58,56 +58,49 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
 
     Every line of the axis is cut at its `keep - 1` sharpest boundaries, where the cosine similarity of two
     neighbours is lowest; on a tie the lower index is cut. Each run between two cuts becomes its size-weighted
-    mean. All lines lose the same number of tokens, so the grid stays a rectangle, and the work is one sort of
-    each short line, one `cumsum` and one `index_add`, where global matching compares all pairs of tokens.
+    mean. All lines lose equally many tokens, so the grid stays a rectangle. The work is a sort of each short
+    line, a `cumsum` and an `index_add`: linear in the tokens, where matching all pairs of them is quadratic.
 
     Args:
-        x: (B, H, W, C) floating, the tokens. Zero tokens are legal: a zero token has similarity 1 to another
-            zero token and 0 to anything else.
-        size: (B, H, W), how many original tokens each token stands for, > 0 (not checked: reading the values
-            would wait for the GPU). All ones to begin with.
+        x: (B, H, W, C) floating, the tokens; zero tokens are legal.
+        size: (B, H, W) > 0, how many original tokens each stands for; ones to begin with. (That they are
+            positive is not checked: reading them would wait for the GPU.)
         keep: tokens left on the axis, in [1, length of the axis].
         axis: 1 merges along H, 2 along W.
 
     Returns:
-        x: as `x`, with `keep` tokens on the axis; same dtype, accumulated in float32 or better.
-        size: as `size`, likewise; the sizes of a line sum to what they summed to before.
-        parent: (B, H, W) int64, the index on that axis of the output token that each input token went into.
+        x and size with `keep` tokens on the axis, dtypes as they came, computed in float32 or better; and
+        parent (B, H, W) int64: the index on that axis of the token that each input token went into.
 
-    Raises:
-        ValueError: wrong rank or dtype, a `size` of another shape, `axis` or `keep` out of range.
-
-    Source: iterative merging, orthogonal in the spatial axes, is the paper's; the rule is our choice.
+    Raises: ValueError for another shape or dtype, `keep` or `axis` out of range.
+    Source: merging iteratively, orthogonally in the spatial axes, is the paper's; this rule is our choice.
     """
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"x of shape {tuple(x.shape)}, {x.dtype}, must be (B, H, W, C) and floating")
-    if size.shape != x.shape[:3]:
-        raise ValueError(f"size has shape {tuple(size.shape)}; for this x it must be {tuple(x.shape[:3])}")
+    if x.ndim != 4 or not x.is_floating_point() or size.shape != x.shape[:3]:
+        got = f"x {tuple(x.shape)}, {x.dtype} and size {tuple(size.shape)}"
+        raise ValueError(f"{got} must be (B, H, W, C), floating, and (B, H, W)")
     if axis not in (1, 2):
         raise ValueError(f"axis={axis} must be 1 (merge along H) or 2 (merge along W)")
     if not 1 <= keep <= x.shape[axis]:
         raise ValueError(f"keep={keep} must lie in [1, {x.shape[axis]}], the length of axis {axis}")
-
-    if axis == 1:  # merging along H is merging along W of the transposed grid
+    if axis == 1:  # along H is along W of the transposed grid
         x, size, parent = merge_axis(x.transpose(1, 2), size.transpose(1, 2), keep, axis=2)
         return x.transpose(1, 2), size.transpose(1, 2), parent.transpose(1, 2)
-
     B, H, W, C = x.shape
     if keep == W:
         return x, size, torch.arange(W, device=x.device).expand(B, H, W)
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    token, mass = x.to(accumulate), size.to(accumulate)
+    token = x.to(torch.promote_types(x.dtype, torch.float32))
+    mass = size.to(token.dtype)
 
-    # How alike are neighbours? The floor only guards 0 / 0; two zero tokens are alike by definition.
+    # How alike are neighbours? A zero token is like another zero token (1) and unlike anything else (0).
     norm = torch.linalg.vector_norm(token, dim=-1)  # (B, H, W)
     dot = torch.linalg.vecdot(token[:, :, :-1], token[:, :, 1:])  # (B, H, W - 1)
-    similar = dot / (norm[:, :, :-1] * norm[:, :, 1:]).clamp(min=torch.finfo(accumulate).tiny)
+    similar = dot / (norm[:, :, :-1] * norm[:, :, 1:]).clamp(min=torch.finfo(token.dtype).tiny)
     similar = similar.masked_fill((norm[:, :, :-1] == 0) & (norm[:, :, 1:] == 0), 1.0)
 
-    # Boundary i lies between tokens i and i + 1: a run starts at i + 1. Stable, so ties cut the lower index.
+    # Boundary i lies between tokens i and i + 1, so a run starts at i + 1. Stable: ties cut the lower index.
     cut = similar.sort(dim=-1, stable=True).indices[..., : keep - 1]
     starts = torch.zeros(B, H, W, dtype=torch.int64, device=x.device).scatter_(-1, cut + 1, 1)
-    parent = starts.cumsum(-1)  # 0 0 1 1 1 2 ...: how many runs have started before or at this token
+    parent = starts.cumsum(-1)  # 0 0 1 1 1 2 ...: how many runs have started so far
 
     # A run becomes one token: nothing is thrown away here, only averaged.
     total = mass.new_zeros(B, H, keep).scatter_add_(-1, parent, mass)
@@ -118,135 +111,60 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
 
 
 def merge_plan(H: int, W: int, keep: float, steps: int) -> list[tuple[int, int, int]]:
-    """Which axis merges at which step, and the grid after each step: a list of (axis, H, W).
+    """Which axis merges at which step, and the grid after it: a list of (axis, H, W), empty if `keep` is 1.
 
-    The axes alternate W, H, W, H. Each axis shrinks to the square root of `keep` (a single step: W alone, to
+    The axes alternate W, H, W, H. Each shrinks to the square root of `keep` (in a single step: W alone, to
     `keep`), in equal portions over its steps, to the nearest whole number of tokens and never below one.
 
     >>> merge_plan(24, 24, keep=0.25, steps=4)
     [(2, 24, 18), (1, 18, 18), (2, 18, 12), (1, 12, 12)]
 
-    Args:
-        H, W: the grid before merging, in tokens.
-        keep: fraction of the H * W tokens that is left, in (0, 1]; 1 gives an empty plan.
-        steps: number of merges, >= 1.
-
-    Raises:
-        ValueError: an argument out of its range.
-
+    Args: H, W >= 1, the grid; keep, the fraction of its tokens that is left, in (0, 1]; steps >= 1.
+    Raises: ValueError for a value out of its range.
     Source: "iterative" and "orthogonal" are the paper's; order, fractions and portions are our choice.
     """
-    if H < 1 or W < 1 or steps < 1:
-        raise ValueError(f"H={H}, W={W} and steps={steps} must each be at least 1")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep={keep} must lie in (0, 1]")
-    if keep == 1:
-        return []
-    portions = {2: (steps + 1) // 2, 1: steps // 2}  # how often each axis has its turn
-    fraction = {2: keep if steps == 1 else math.sqrt(keep), 1: math.sqrt(keep)}
+    if min(H, W, steps) < 1 or not 0 < keep <= 1:
+        raise ValueError(f"H={H}, W={W}, steps={steps} must be at least 1, and keep={keep} in (0, 1]")
     full, plan, now = {1: H, 2: W}, [], {1: H, 2: W}
-    for step in range(steps):
-        axis, turn = (2, 1)[step % 2], step // 2 + 1
-        left = 1 - (1 - fraction[axis]) * turn / portions[axis]
-        now[axis] = max(1, math.floor(full[axis] * left + 0.5))
+    goal = keep if steps == 1 else math.sqrt(keep)
+    for step in range(steps if keep < 1 else 0):
+        axis = 1 if step % 2 else 2
+        turn, turns = step // 2 + 1, steps // 2 if axis == 1 else (steps + 1) // 2
+        now[axis] = max(1, math.floor(full[axis] * (1 - (1 - goal) * turn / turns) + 0.5))
         plan.append((axis, now[1], now[2]))
     return plan
 
 
-def follow(token: Tensor, parent: Tensor, axis: int) -> Tensor:
-    """Which token of the merged grid each original patch is in after one more merge.
+def follow(place: tuple[Tensor, Tensor], parent: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Where each original token is after one more merge.
 
-    Args:
-        token: (B, N) int64, for each original patch the flat index (row * W + column) of its token so far.
-        parent: (B, H, W) int64 as returned by `merge_axis`, on the grid so far.
-        axis: the axis that was merged, 1 or 2.
-
-    Returns:
-        (B, N) int64, the flat index of its token on the new grid.
-
-    Source: our choice (bookkeeping).
+    Args: place, (row, column), each (B, N) int64, of the token that each original token is in so far; parent
+        (B, H, W) as `merge_axis` returns it; axis, the one that was merged.
+    Returns: (row, column) on the new grid, each (B, N). Source: our choice (bookkeeping).
     """
-    W = parent.shape[2]
-    moved = parent.flatten(1).gather(1, token)  # the new index on the merged axis
-    row, column = token // W, token % W
-    if axis == 1:
-        return moved * W + column
-    columns = parent[:1, :1, -1] + 1  # the last token is in the last run; on the device, so no waiting for it
-    return row * columns + moved
-
-
-def centres(token: Tensor, tokens: int, W: int) -> Tensor:
-    """Where merged tokens are: the mean place of the patches that are in them.
-
-    Args:
-        token: (B, N) int64, the merged token that each original patch is in, as `follow` returns it.
-        tokens: how many merged tokens there are.
-        W: columns of the original grid.
-
-    Returns:
-        (B, tokens, 2) float32: row and column.
-
-    Source: our choice; the rotary position of a merged token in an encoder that has such.
-    """
-    B, N = token.shape
-    patch = torch.arange(N, device=token.device)
-    place = torch.stack([patch // W, patch % W], dim=-1).float().expand(B, N, 2)
-    count = place.new_zeros(B, tokens).scatter_add_(1, token, place.new_ones(B, N))
-    index = token[..., None].expand(B, N, 2)
-    return place.new_zeros(B, tokens, 2).scatter_add_(1, index, place) / count[..., None]
-
-
-def home_slots(token: Tensor, tokens: int, W: int) -> Tensor:
-    """One original patch for each merged token: of its own patches the one nearest its centre of mass.
-
-    Its own, so that no two tokens claim the same patch: the centre of a bent group can lie outside of it.
-
-    Args:
-        token, tokens, W: as for `centres`.
-
-    Returns:
-        (B, tokens) int64: the flat index of the representing patch; on a tie the lowest.
-
-    Source: our choice. The LLM needs a position for each token that is left (see section 4).
-    """
-    B, N = token.shape
-    patch = torch.arange(N, device=token.device).expand(B, N)
-    place = torch.stack([patch // W, patch % W], dim=-1).float()  # (B, N, 2): row and column
-    own_centre = centres(token, tokens, W).gather(1, token[..., None].expand(B, N, 2))
-    distance = (place - own_centre).square().sum(-1)  # (B, N)
-    nearest = distance.new_full((B, tokens), torch.inf).scatter_reduce_(1, token, distance, "amin")
-    candidate = torch.where(distance == nearest.gather(1, token), patch, N)
-    return patch.new_full((B, tokens), N).scatter_reduce_(1, token, candidate, "amin")
+    batch = torch.arange(len(parent), device=parent.device)[:, None]
+    moved = parent[batch, place[0], place[1]]  # the new index on the axis that was merged
+    return (moved, place[1]) if axis == 1 else (place[0], moved)
 
 
 # ======================================================================================================
-# 2. Pruning: the Spectrum Pruning Unit (needs only torch)
+# 2. Pruning: the Spectrum Pruning Unit
 # ======================================================================================================
 
 
 def low_pass(x: Tensor, cutoff: float, dim: int = 1) -> Tensor:
-    """Keep the slow part of a sequence: DC and the lowest `cutoff` of the other frequencies of the real FFT.
+    """The slow part of a sequence: DC and the lowest `cutoff` of the other frequencies of the real FFT.
 
-    A sequence of N values has N // 2 frequencies beside DC; the lowest `cutoff` * (N // 2) of them pass, to
-    the nearest whole number. `cutoff` 1 is the identity, 0 leaves the mean.
+    A sequence of N values has N // 2 frequencies beside DC; `cutoff` * (N // 2) of them pass, to the nearest
+    whole number. `cutoff` 1 is the identity, 0 leaves the mean.
 
-    Args:
-        x: floating, any shape with at least one value along `dim`.
-        cutoff: fraction of the frequencies that pass, in [0, 1].
-        dim: the dimension to filter along.
-
-    Returns:
-        float32, the shape of `x`.
-
-    Raises:
-        ValueError: `x` not floating or without values along `dim`, or `cutoff` outside [0, 1].
-
+    Args: x, floating, with at least one value along `dim`; cutoff in [0, 1]; dim, along which to filter.
+    Returns: float32, the shape of `x`. Raises: ValueError for another dtype or `cutoff`, or an empty `dim`.
     Source: that the filter is a low-pass one is the paper's; the transform and the cutoff are our choice.
     """
-    if not x.is_floating_point() or x.ndim == 0 or x.shape[dim] == 0:
-        raise ValueError(f"x of shape {tuple(x.shape)}, {x.dtype}, must be floating, not empty on dim={dim}")
-    if not 0 <= cutoff <= 1:
-        raise ValueError(f"cutoff={cutoff} must lie in [0, 1]")
+    if not x.is_floating_point() or x.ndim == 0 or x.shape[dim] == 0 or not 0 <= cutoff <= 1:
+        got = f"x of shape {tuple(x.shape)}, {x.dtype}, cutoff={cutoff}"
+        raise ValueError(f"{got}: x must be floating, not empty along dim={dim}, and cutoff in [0, 1]")
     N = x.shape[dim]
     passed = 1 + math.floor(cutoff * (N // 2) + 0.5)
     if passed == N // 2 + 1:
@@ -256,78 +174,64 @@ def low_pass(x: Tensor, cutoff: float, dim: int = 1) -> Tensor:
     return torch.fft.irfft(spectrum, n=N, dim=dim)
 
 
-def spectral_score(x: Tensor, cutoff: float, keep: str = "detail") -> Tensor:
-    """Score each token by what a low-pass filter along the tokens makes of it; no attention, no similarities.
+def spectral_score(x: Tensor, cutoff: float = 0.5, score: str = "detail") -> Tensor:
+    """Score each visual token of a picture by what a low-pass filter along the tokens makes of it.
 
     A token that the filter reproduces from its neighbours is redundant; what it removes is detail that would
-    be lost with the token. The score does not depend on position: shifting tokens in a circle shifts scores.
+    be lost with the token. Neither attention nor similarities are asked, and position does not matter:
+    shifting the tokens in a circle shifts their scores.
 
-    Args:
-        x: (B, N, C) floating, the visual tokens of one picture in sequence order, N >= 1.
-        cutoff: as for `low_pass`.
-        keep: "detail" scores what the filter removes, "smooth" what it passes (the ablation).
-
-    Returns:
-        (B, N) float32, >= 0: the norm over the channels. What is below the rounding error of the FFT counts
-        as 0, so that tokens which the filter explains completely tie.
-
-    Raises:
-        ValueError: wrong rank, `keep` unknown, or what `low_pass` raises.
-
-    Source: the low-pass filter and position invariance are the paper's; scoring the residual is our choice.
-    The README has the measurement of both directions.
+    Args: x (B, N, C) floating, in sequence order, N >= 1; cutoff as for `low_pass`; score, "detail" for the
+        norm of what the filter removes, "smooth" for that of what it passes (the ablation).
+    Returns: (B, N) float32, >= 0. Raises: ValueError for another rank or `score`, and what `low_pass` raises.
+    Source: filter and position invariance are the paper's; to score the residual is our choice (README has
+        the measurement of both directions).
     """
-    if x.ndim != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, C)")
-    if keep not in ("detail", "smooth"):
-        raise ValueError(f'keep={keep!r} must be "detail" or "smooth"')
+    if x.ndim != 3 or score not in ("detail", "smooth"):
+        raise ValueError(f'x {tuple(x.shape)} must be (B, N, C), score={score!r} "detail" or "smooth"')
     slow = low_pass(x, cutoff)
-    score = (slow if keep == "smooth" else x.float() - slow).norm(dim=-1)
-    rounding = 8 * torch.finfo(torch.float32).eps * x.float().norm(dim=-1).amax(dim=1, keepdim=True)
-    return score.masked_fill(score <= rounding, 0.0)
+    return (slow if score == "smooth" else x.float() - slow).norm(dim=-1)
+
+
+@functools.lru_cache(maxsize=32)
+def projection(C: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(C, channels), random, the same in every call: to so few channels lengths stay nearly what they were
+    (Johnson and Lindenstrauss, 1984), and the filter is linear, so its residuals' as well. Our choice."""
+    with torch.inference_mode(False):  # whoever asks first may run inference, who comes next may train
+        numbers = torch.randn(C, channels, generator=torch.Generator().manual_seed(0), device="cpu")
+        return (numbers / math.sqrt(channels)).to(device, dtype)
 
 
 def spectral_prune(
-    x: Tensor, keep: int, cutoff: float, score: str = "detail", normalize: bool = True
+    x: Tensor, keep: int, cutoff: float = 0.5, score: str = "detail", channels: int = 64
 ) -> Tensor:
-    """Positions of the `keep` tokens with the highest spectral score.
+    """Choose the `keep` tokens with the highest spectral score; on a tie the lower index.
 
-    Args:
-        x: (B, N, C) floating, the visual tokens of one picture in sequence order.
-        keep: how many are kept, in [0, N].
-        cutoff, score: as for `spectral_score`.
-        normalize: bring every token to norm 1 first. Big models have a few tokens of huge norm that would
-            otherwise ring through the filter; and a layer normalises its input as well.
-
-    Returns:
-        (B, keep) int64, ascending; ties go to the lower index.
-
-    Raises:
-        ValueError: `keep` outside [0, N], or what `spectral_score` raises.
-
-    Source: pruning by a low-pass filter is the paper's; `normalize` is our choice.
+    Args: x (B, N, C) floating, the visual tokens of a picture in sequence order; keep in [0, N]; cutoff and
+        score as for `spectral_score`; channels: wider tokens are scored in a random projection to so many.
+    Returns: (B, keep) int64, ascending. Raises: ValueError for `keep` out of range, and what the score raises.
+    Source: the paper's unit; norm 1, projection and ties are our choice.
     """
     if x.ndim != 3 or not 0 <= keep <= x.shape[1]:
-        raise ValueError(f"keep={keep} must lie in [0, N] for x of shape (B, N, C), here {tuple(x.shape)}")
-    if keep == 0:  # also when N is 0, where there is nothing to filter
-        return torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
-    if normalize:
-        x = nn.functional.normalize(x.float(), dim=-1)  # a zero token stays zero
-    order = spectral_score(x, cutoff, score).sort(dim=1, descending=True, stable=True).indices
+        raise ValueError(f"x {tuple(x.shape)} must be (B, N, C), and keep={keep} in [0, N]")
+    if keep == 0:
+        return torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+    if x.shape[2] > channels:  # the cost of a score then hardly depends on the width of the LLM
+        x = x @ projection(x.shape[2], channels, x.device, x.dtype)
+    # To norm 1 first: big models have a few tokens of huge norm that would ring through the filter.
+    single = torch.finfo(torch.float32)
+    value = spectral_score(nn.functional.normalize(x.float(), dim=-1, eps=single.tiny), cutoff, score)
+    # In steps, so that scores tie which differ by rounding errors alone, whatever kernel made the tokens.
+    step = (value.amax(dim=1, keepdim=True) / 16384).clamp(min=32 * single.eps)
+    order = (value / step).round().sort(dim=1, descending=True, stable=True).indices
     return order[:, :keep].sort(dim=1).values
 
 
 def inherit(size: Tensor, kept: Tensor) -> Tensor:
     """Pass the sizes of pruned tokens on: each to the nearest token that is kept, on a tie to the earlier.
 
-    Args:
-        size: (B, N), how many original tokens each token stands for.
-        kept: (B, K) int64, the tokens that stay, ascending, without repeats, K >= 1.
-
-    Returns:
-        (B, K): the sizes of the tokens that stay; a row sums to what it summed to before.
-
-    Source: our choice (see `LUVCConfig.sizes`).
+    Args: size (B, N), any dtype; kept (B, K) int64, ascending, K >= 1, as `spectral_prune` returns it.
+    Returns: (B, K), the sizes of those kept; they sum to what all sizes summed to. Source: our choice.
     """
     middle = (kept[:, :-1] + kept[:, 1:]) // 2  # the last token that is nearer to its left neighbour
     starts = torch.zeros_like(size, dtype=torch.int64).scatter_(1, middle + 1, 1)
@@ -340,26 +244,11 @@ def inherit(size: Tensor, kept: Tensor) -> Tensor:
 # ======================================================================================================
 
 
-@functools.lru_cache(maxsize=32)
-def projection(C: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(C, channels): random, and the same in every call.
-
-    A random projection nearly keeps lengths (Johnson and Lindenstrauss, 1984), and the filter is linear: so
-    what the filter removes has nearly the same length in the projection. Source: our choice, see README.
-    """
-    with torch.inference_mode(False):  # whoever asks first may run inference, who comes next may train
-        numbers = torch.randn(C, channels, generator=torch.Generator().manual_seed(0), device="cpu")
-        return (numbers / math.sqrt(channels)).to(device, dtype)
-
-
 @dataclass(frozen=True)
 class LUVCConfig:
-    """What is merged and pruned, checked when it is made.
+    """What is merged and pruned. Every default is our choice; README has the measurements.
 
-    Every default is our choice: the paper's numbers were not available. See the README for the measurements.
-
-    Raises:
-        ValueError: a value outside its range, NaN included.
+    Raises: ValueError for a value outside its range, NaN included.
     """
 
     vision_keep: float = 0.5625
@@ -369,541 +258,172 @@ class LUVCConfig:
     """Merges inside the encoder, along W, H, W, ..., spread evenly over its blocks; at most one per block."""
 
     llm_keep: float | Sequence[float] | None = None
-    """Fraction of a picture's visual tokens that each decoder layer processes, counted from what the encoder
-    delivered. None: linear, from 1 at the first layer to 0 at the last. A float: the same in all layers. A
-    sequence: one fraction per layer, each in [0, 1], never increasing. 1.0: pruner off."""
-
-    cutoff: float = 0.5
-    """Fraction of the frequencies that the pruner's low-pass filter lets pass, in [0, 1]."""
-
-    score: str | Callable[[Tensor, int], Tensor] = "detail"
-    """"detail" keeps what the filter removes, "smooth" what it passes. For ablations and for schemes of your
-    own: a function (x (B, N, C), keep) -> (B, keep) ascending positions, as `spectral_prune` returns them."""
+    """Fraction of a picture's tokens that each decoder layer processes, of what the encoder delivered, in
+    [0, 1]: one for all layers, or one per layer, never rising. None: linear, from 1 to 0. 1.0: pruner off."""
 
     sizes: bool = True
-    """Let a token weigh as much in the LLM's attention as the patches that it stands for: those merged into
-    it, and those pruned next to it. False: every token weighs the same."""
-
-    normalize: bool = True
-    """Bring every token to norm 1 before the filter. False: the raw hidden states."""
-
-    channels: int = 64
-    """Tokens of more channels than this are scored in a random projection to so many (see `projection`). What
-    scoring costs then hardly depends on the width of the LLM."""
+    """Does a token weigh in the LLM's attention by what it stands for? False: all tokens weigh the same."""
 
     merge: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]] = merge_axis
-    """The function that merges along one axis, for ablations; its contract is that of `merge_axis`."""
+    """The function that merges along one axis: the contract is that of `merge_axis`."""
+
+    prune: Callable[[Tensor, int], Tensor] = spectral_prune
+    """The function that chooses: (tokens (B, N, C), keep) -> positions (B, keep), ascending. For ablations, say
+    `functools.partial(spectral_prune, cutoff=0.25)`, and for ideas of your own."""
 
     def __post_init__(self):
         if not 0 < self.vision_keep <= 1:
             raise ValueError(f"vision_keep={self.vision_keep} must lie in (0, 1]; 1.0 turns the merger off")
         if not isinstance(self.vision_steps, int) or self.vision_steps < 1:
             raise ValueError(f"vision_steps={self.vision_steps} must be a whole number of at least 1")
-        if not 0 <= self.cutoff <= 1:
-            raise ValueError(f"cutoff={self.cutoff} must lie in [0, 1]")
-        if not callable(self.score) and self.score not in ("detail", "smooth"):
-            raise ValueError(f'score={self.score!r} must be "detail", "smooth" or a function (x, keep)')
-        if not isinstance(self.channels, int) or self.channels < 1:
-            raise ValueError(f"channels={self.channels} must be a whole number of at least 1")
-        if not callable(self.merge):
-            raise ValueError(f"merge={self.merge!r} must be a function with the contract of merge_axis")
+        if not callable(self.merge) or not callable(self.prune):
+            raise ValueError(f"merge={self.merge!r} and prune={self.prune!r} must be functions")
         if self.llm_keep is None:
             return
         if isinstance(self.llm_keep, Sequence) and not isinstance(self.llm_keep, str):
             object.__setattr__(self, "llm_keep", tuple(self.llm_keep))  # the caller's list stays the caller's
-        fractions = self.llm_keep if isinstance(self.llm_keep, tuple) else (self.llm_keep,)
-        if not fractions or not all(isinstance(f, (int, float)) and 0 <= f <= 1 for f in fractions):
+        each = self.llm_keep if isinstance(self.llm_keep, tuple) else (self.llm_keep,)
+        if not each or not all(isinstance(f, (int, float)) and 0 <= f <= 1 for f in each):
             raise ValueError(f"llm_keep={self.llm_keep} must be None or in [0, 1]; 1.0 turns the pruner off")
-        for layer, (before, after) in enumerate(itertools.pairwise(fractions), start=1):
-            if after > before:
-                raise ValueError(f"llm_keep rises from {before} to {after} at layer {layer}; it must not")
+        if any(before < after for before, after in itertools.pairwise(each)):
+            raise ValueError(
+                f"llm_keep={self.llm_keep} rises; a layer cannot process what the one before lost"
+            )
 
     def fractions(self, layers: int) -> list[float]:
-        """`llm_keep` spelled out: the fraction of the visual tokens for each of `layers` decoder layers.
+        """`llm_keep` spelled out: the fraction for each of `layers` decoder layers.
 
-        Raises:
-            ValueError: a sequence of another length, or fewer than 2 layers for the linear schedule.
+        Raises: ValueError for a sequence of another length, or a single layer with the linear schedule.
         """
+        if self.llm_keep is None and layers < 2:
+            raise ValueError(f"the linear schedule needs at least 2 layers, not {layers}; set llm_keep")
         if self.llm_keep is None:
-            if layers < 2:
-                raise ValueError(f"the linear schedule needs at least 2 layers, not {layers}; set llm_keep")
             return [1 - layer / (layers - 1) for layer in range(layers)]
-        if isinstance(self.llm_keep, tuple):
-            if len(self.llm_keep) != layers:
-                raise ValueError(f"llm_keep has {len(self.llm_keep)} fractions for {layers} decoder layers")
-            return list(self.llm_keep)
-        return [float(self.llm_keep)] * layers
-
-    def prune(self, x: Tensor, keep: int) -> Tensor:
-        """Positions (B, keep) that these settings keep of the tokens x (B, N, C)."""
-        if callable(self.score):
-            return self.score(x, keep)
-        if keep and x.shape[2] > self.channels:
-            x = x @ projection(x.shape[2], self.channels, x.device, x.dtype)
-        return spectral_prune(x, keep, self.cutoff, self.score, self.normalize)
+        each = list(self.llm_keep) if isinstance(self.llm_keep, tuple) else [float(self.llm_keep)] * layers
+        if len(each) != layers:
+            raise ValueError(f"llm_keep has {len(each)} fractions for {layers} decoder layers")
+        return each
 
 
 # ======================================================================================================
-# 4. The wrapper: both units inside a Hugging Face VLM
+# 4. Pruning inside an LLM
 # ======================================================================================================
 #
 # One idea keeps this small: *logical* and *physical* sequence. Everything outside the layers keeps seeing the
-# logical sequence: input_ids, attention mask, position ids, logits, cache length, hidden_states. Each decoder
-# layer physically processes a subset: gather the rows that are kept, run the layer as it is, scatter its
-# output back. A pruned token just stops being updated and rides along in the residual stream.
+# logical sequence: input_ids, attention mask, position ids, logits, cache length, hidden_states. A decoder
+# layer physically processes a subset: gather what is kept, run the layer as it is, scatter its output back.
+# A pruned token is no longer updated; it rides along in the residual stream.
 #
 #     logical   | t t v v v v v v v v t t t |      t text, v visual
 #     layer 0   | t t v v v v v v v v t t t |
 #     layer 5   | t t v . v . . v v . t t t |      what the layer computes is a shorter causal sequence;
 #     last one  | t t . . . . . . . . t t t |      rotary positions are those of the logical sequence
 #
-# The encoder has fewer places to hide. After the projector each merged token is written into one of the slots
-# that it stands for (`home_slots`), so that the number of placeholders in the prompt stays what model and
-# processor expect. The other slots are *dead*: no decoder layer ever processes them, not even the first.
-# Instead of a feature a dead slot holds a *signpost*, how far away its token's slot is. Signposts instead of
-# a list kept somewhere, because features travel: `generate` computes them ahead, and repeats them for beams.
+# The samples of a batch may differ in how many positions they process. Shorter ones are filled up with
+# positions of size 0, which no query sees. So there is no mask, and flash kernels run, in any batch.
 
 from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.vision_utils import get_vision_window_index  # noqa: E402
 
-# ---- 4.1 Layouts: where the parts of a family of models are ------------------------------------------
 
+class Prompt:
+    """What one forward call of the LLM processes: the state that `run_layer` hands from layer to layer.
 
-@dataclass(frozen=True)
-class Layout:
-    """What LUVC has to know about a model. A new family is a function that fills this in, in `LAYOUTS`.
-
-    A *slot* is a placeholder in input_ids, to be replaced by one visual token. It stands for `unit` x `unit`
-    patches of the encoder, which patch mergers and pixel shuffles join behind it. The merger merges whole
-    slots, each patch with the patch in the same corner of the neighbour: so grids of patches stay even, and
-    two equal slots merge into what each of them was. (Our choice.)
-    """
-
-    base: nn.Module  # its forward sees input_ids
-    decoder: nn.Module  # the LLM without its head
-    vision: nn.Module  # the vision encoder
-    blocks: Sequence[nn.Module]  # of the vision encoder
-    projector: nn.Module  # encoder channels -> LLM channels, one row per slot
-    visual_ids: tuple[int, ...]  # the placeholders: pictures, then videos
-    used_blocks: int  # how many blocks run before the features are taken
-    H: int = 0  # slots of one picture or tile; 0: `grid_thw` says it in every call
-    W: int = 0
-    unit: int = 1  # a slot is unit x unit patches
-    prefix: int = 0  # tokens in front of the grid inside the encoder (CLS)
-    slots_prefix: int = 0  # how many of these also reach the LLM
-    packed: bool = False  # (patches, C), slot by slot, rotary positions; else (tiles, prefix + patches, C)
-    square: bool = False  # the model takes the square root of the number of patches for the side of the grid
-    clips: bool = False  # a video is one run of placeholders, frame after frame, instead of a run per frame
-    deepstack: Sequence[nn.Module] = ()  # projectors of features for the LLM's first layers
-    no_merger: str = ""  # why merging is refused
-
-    @property
-    def slots(self) -> int:
-        """Placeholders of one picture or tile in input_ids; 0: they differ."""
-        return 0 if self.packed or self.no_merger else self.slots_prefix + self.H * self.W
-
-
-def blocks_before(layer: int, blocks: Sequence[nn.Module]) -> int:
-    """How many blocks run before hidden_states[layer]: [0] are the embeddings, [i] is from block i - 1."""
-    if not isinstance(layer, int):
-        raise ValueError(f"vision_feature_layer={layer} must be a single layer")
-    return layer % (len(blocks) + 1)
-
-
-def llava_layout(model: nn.Module) -> Layout:
-    """LLaVA, LLaVA-NeXT, LLaVA-OneVision: CLIP or SigLIP tower, one feature layer, with or without CLS."""
-    config, base = model.config, model.base_model
-    vision, clip = config.vision_config, "clip_vision_model"
-    if vision.model_type not in (clip, "siglip_vision_model"):
-        raise ValueError(f"vision tower {vision.model_type!r} is not supported; for LLaVA, CLIP or SigLIP")
-    prefix, full = int(vision.model_type == clip), config.vision_feature_select_strategy == "full"
-    if not full and not prefix:
-        raise ValueError('vision_feature_select_strategy="default" drops CLS; SigLIP has none, so set "full"')
-    blocks = getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers
-    side, tiles = vision.image_size // vision.patch_size, config.model_type != "llava"
-    return Layout(
-        base=base,
-        decoder=base.language_model,
-        vision=base.vision_tower,
-        blocks=blocks,
-        projector=base.multi_modal_projector,
-        visual_ids=(config.image_token_id, getattr(config, "video_token_id", config.image_token_id)),
-        used_blocks=blocks_before(config.vision_feature_layer, blocks),
-        H=side,
-        W=side,
-        prefix=prefix,
-        slots_prefix=prefix if full else 0,
-        no_merger="it crops, shrinks or rearranges its tiles after the projector" if tiles else "",
-    )
-
-
-def internvl_layout(model: nn.Module) -> Layout:
-    """InternVL: tiles with CLS; a pixel shuffle makes one slot of 2 x 2 patches."""
-    config, base, vision = model.config, model.base_model, model.config.vision_config
-    unit, blocks = round(1 / config.downsample_ratio), base.vision_tower.encoder.layer
-    return Layout(
-        base=base,
-        decoder=base.language_model,
-        vision=base.vision_tower,
-        blocks=blocks,
-        projector=base.multi_modal_projector,
-        visual_ids=(config.image_token_id,),
-        used_blocks=blocks_before(config.vision_feature_layer, blocks),
-        H=vision.image_size[0] // vision.patch_size[0] // unit,
-        W=vision.image_size[1] // vision.patch_size[1] // unit,
-        unit=unit,
-        prefix=1,
-        square=True,
-    )
-
-
-def idefics_layout(model: nn.Module) -> Layout:
-    """Idefics3, SmolVLM: SigLIP-like tower without CLS; a pixel shuffle inside of the connector."""
-    config, base, vision = model.config, model.base_model, model.config.vision_config
-    side = vision.image_size // vision.patch_size // config.scale_factor
-    return Layout(
-        base=base,
-        decoder=base.text_model,
-        vision=base.vision_model,
-        blocks=base.vision_model.encoder.layers,
-        projector=base.connector,
-        visual_ids=(config.image_token_id,),
-        used_blocks=len(base.vision_model.encoder.layers),
-        H=side,
-        W=side,
-        unit=config.scale_factor,
-        square=True,
-    )
-
-
-def qwen_layout(model: nn.Module) -> Layout:
-    """Qwen2-VL, Qwen2.5-VL (some blocks attend within windows), Qwen3-VL (DeepStack, a run per frame)."""
-    config, base = model.config, model.base_model
-    return Layout(
-        base=base,
-        decoder=base.language_model,
-        vision=base.visual,
-        blocks=base.visual.blocks,
-        projector=base.visual.merger,
-        visual_ids=(config.image_token_id, config.video_token_id),
-        used_blocks=len(base.visual.blocks),
-        unit=config.vision_config.spatial_merge_size,
-        packed=True,
-        clips=config.model_type != "qwen3_vl",
-        deepstack=getattr(base.visual, "deepstack_merger_list", ()),
-    )
-
-
-LAYOUTS: dict[str, Callable[[nn.Module], Layout]] = {
-    **dict.fromkeys(["llava", "llava_next", "llava_onevision"], llava_layout),
-    "internvl": internvl_layout,
-    **dict.fromkeys(["idefics3", "smolvlm"], idefics_layout),
-    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], qwen_layout),
-}
-DECODERS = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
-
-
-def find_layout(model: nn.Module) -> Layout:
-    """The layout of a model.
-
-    Raises:
-        ValueError: the model is of no supported family, or uses something that LUVC cannot work with.
-    """
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{kind!r} is an encoder-decoder: its LLM has no visual tokens; use a decoder-only VLM"
-        )
-    text = config.get_text_config() if config is not None else None
-    sliding = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
-    kinds = set(getattr(text, "layer_types", None) or sliding)
-    if kinds != {"full_attention"}:
-        kinds = sorted(kinds - {"full_attention"})
-        raise ValueError(f"{kind!r} has decoder layers of kind {kinds}; use a model with full attention only")
-    if kind not in LAYOUTS:
-        raise ValueError(f"{kind!r} is not supported; use a VLM of the families {sorted(LAYOUTS)}")
-    layout = LAYOUTS[kind](model)
-    text = layout.decoder.config
-    if text.model_type not in DECODERS:
-        raise ValueError(f"decoder {text.model_type!r} is not supported; use one of {sorted(DECODERS)}")
-    attention = text._attn_implementation
-    if attention == "flex_attention" or attention not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise ValueError(f"attention {attention!r} is not supported; use sdpa, flash_attention_2 or eager")
-    return layout
-
-
-# ---- 4.2 What one call of the vision encoder merges --------------------------------------------------
-
-
-class Grids:
-    """The pictures of one call of the vision encoder, and how far they are merged.
-
-    Args:
-        layout, config: of the model, of LUVC.
-        shapes: one (n, H, W) per picture: n frames or tiles that share a grid of H x W slots.
-        device: where the encoder is.
-    """
-
-    def __init__(self, layout: Layout, config: LUVCConfig, shapes: list[tuple[int, int, int]], device):
-        self.layout, self.config, self.shapes = layout, config, shapes
-        self.plans = [merge_plan(H, W, config.vision_keep, config.vision_steps) for _, H, W in shapes]
-        self.size = [torch.ones(shape, device=device) for shape in shapes]
-        self.token = [torch.arange(H * W, device=device).expand(n, -1) for n, H, W in shapes]
-        self.arrange()
-        self.full_order = self.order
-
-    def arrange(self) -> None:
-        """Where frames and windows end in a packed sequence, and in which order windows want the slots."""
-        self.order, layout = None, self.layout
-        if not layout.packed or not any(self.plans):  # without merging the model's own will do
-            return
-        shapes, patches = [tuple(size.shape) for size in self.size], layout.unit**2
-        frames = [h * w * patches for n, h, w in shapes for _ in range(n)]
-        device, vision = self.size[0].device, layout.vision
-        ends = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32, device=device)
-        self.frame_ends = ends, max(frames)
-        if hasattr(vision, "fullatt_block_indexes"):
-            thw = torch.tensor([(n, h * layout.unit, w * layout.unit) for n, h, w in shapes])
-            order, ends = get_vision_window_index(thw, layout.unit, vision.window_size, vision.patch_size)
-            self.order, self.window_ends = order.to(device), (ends.to(device), int(ends.diff().max()))
-
-    def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
-        """Tokens as the model has them -> one grid (n, h, w, unit * unit * C) per picture."""
-        if self.layout.packed:
-            x = x.reshape(-1, unit * unit * x.shape[-1])
-            if self.order is not None:
-                x = x[self.order.argsort()]
-            parts = x.split([size.numel() for size in self.size])
-            return [part.view(*size.shape, -1) for part, size in zip(parts, self.size, strict=True)]
-        n, h, w = self.size[0].shape
-        if x.shape[1] != prefix + h * w * unit * unit:
-            raise ValueError(
-                f"the encoder has {x.shape[1]} tokens where merging leaves {prefix + h * w * unit * unit}; "
-                "feature layer, feature strategy and picture size must be those of the model's config"
-            )
-        x = x[:, prefix:].reshape(n, h, unit, w, unit, -1)
-        return [x.transpose(2, 3).reshape(n, h, w, -1)]
-
-    def join(self, grids: list[Tensor], unit: int, head: Tensor) -> Tensor:
-        """The inverse of `split`; `head` holds the tokens of the prefix, which only tiles have."""
-        if self.layout.packed:
-            x = torch.cat([grid.flatten(0, 2) for grid in grids])
-            x = x if self.order is None else x[self.order]
-            return x.reshape(len(x) * unit * unit, -1)
-        n, h, w, _ = grids[0].shape
-        x = grids[0].reshape(n, h, w, unit, unit, -1).transpose(2, 3)
-        return torch.cat([head, x.reshape(n, h * w * unit * unit, -1)], dim=1)
-
-    def merge(self, hidden: Tensor, step: int) -> Tensor:
-        """One step of the plan, for all pictures: encoder tokens -> fewer encoder tokens."""
-        unit, prefix = self.layout.unit, self.layout.prefix
-        grids = self.split(hidden, unit, prefix)
-        for i, x in enumerate(grids):
-            axis, *left = self.plans[i][step]
-            size, token = self.size[i].to(x.device), self.token[i].to(x.device)
-            grids[i], self.size[i], parent = self.config.merge(x, size, left[axis - 1], axis)
-            self.token[i] = follow(token, parent, axis)
-        self.arrange()
-        return self.join(grids, unit, hidden[:, :prefix])
-
-    def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of the merged tokens: a position is the mean over the patches that were merged."""
-        unit, at = self.layout.unit, []
-        corner = torch.cartesian_prod(*[torch.arange(unit, device=hidden.device)] * 2).view(-1, 2)
-        for size, token, (_, _, W) in zip(self.size, self.token, self.shapes, strict=True):
-            centre = centres(token.to(hidden.device), size[0].numel(), W)  # (n, h * w, 2), in slots
-            at.append((centre[:, :, None] * unit + corner).flatten(0, 1))  # (slots, corners, 2), in patches
-        at = torch.cat(at)
-        at = at if self.order is None else at[self.order]
-        return self.layout.vision.rotary_pos_emb(hidden, at.flatten(0, 1))
-
-    def deliver(self, features: Tensor) -> Tensor:
-        """One row per merged token -> one row per slot: tokens in their home slots, signposts elsewhere."""
-        prefix = self.layout.slots_prefix
-        grids = self.split(features, 1, prefix)
-        for i, (n, H, W) in enumerate(self.shapes):
-            x, token = grids[i].flatten(1, 2), self.token[i].to(features.device)  # (n, h * w, C), (n, H * W)
-            home = home_slots(token, x.shape[1], W)
-            away = home.gather(1, token) - torch.arange(H * W, device=x.device)
-            # Two digits of base 256, which every floating dtype holds exactly.
-            digits = torch.stack([away.div(256, rounding_mode="floor"), away.remainder(256)], dim=-1)
-            slots = nn.functional.pad(digits.to(x.dtype), (0, x.shape[2] - 2))  # (n, H * W, C)
-            slots = slots.scatter(1, home[..., None].expand_as(x), x)
-            grids[i] = slots.view(n, H, W, -1)
-        self.order = self.full_order
-        return self.join(grids, 1, features[:, :prefix])
-
-    def spread(self, features: Tensor) -> Tensor:
-        """DeepStack: one row per merged token -> one row per slot, each that of its token so far."""
-        grids = self.split(features, 1, 0)
-        for i, (n, H, W) in enumerate(self.shapes):
-            token = self.token[i].to(features.device)[..., None].expand(-1, -1, features.shape[-1])
-            grids[i] = grids[i].flatten(1, 2).gather(1, token).view(n, H, W, -1)
-        return self.join(grids, 1, features[:0])
-
-
-def read_signposts(embeds: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-    """What `Grids.deliver` wrote: which positions are alive, and how many slots each one stands for.
-
-    Args:
-        embeds: (B, S, C), the input of the LLM.
-        visual: (B, S) bool, the slots.
-
-    Returns:
-        alive: (B, S) bool, False for dead slots.
-        size: (B, S) float32, 1 for text, 0 for dead slots.
-    """
-    alive = ~visual | (embeds[..., 2:] != 0).any(-1)
-    away = (embeds[..., 0].float() * 256 + embeds[..., 1].float()).masked_fill(alive, 0.0)
-    home = torch.arange(embeds.shape[1], device=embeds.device) + away.long()
-    return alive, torch.zeros_like(away).scatter_add_(1, home, torch.ones_like(away))
-
-
-# ---- 4.3 What one forward call of the LLM processes --------------------------------------------------
-
-
-class Positions:
-    """Which logical positions of one forward call each decoder layer processes, for each sample of a batch.
-
-    Padding is never processed. Visual positions that stand together in a prompt are cut into pictures, tiles
-    or frames; each loses the same fraction of its tokens, and is filtered by itself. How *many*
-    positions are processed is known on the host from the start, so no layer has to wait for the device;
+    How *many* tokens each layer keeps is known on the host from the start, so no layer waits for the device;
     *which* ones is decided on the device, when a layer's input is there.
 
     Args:
-        visual: (B, S) integer, 1 for slots of pictures, 2 for slots of clips, 0 for text.
-        real: (B, S) bool, False for padding.
-        alive: (B, S) bool, False for the dead slots that merging leaves.
-        size: (B, S) float, how many slots each position stands for.
-        slots: of one picture or tile, where all have equally many; else 0.
-        frames: how many frames each clip has, in the order of the prompt.
-        fractions: of a picture's visual tokens, one per decoder layer.
-        start: positions seen before, P.
+        visual: (B, S) integer, 1 for placeholders of pictures, 2 for those of clips, 0 for text.
+        size: (B, S) float32, 0 for padding and for placeholders whose token was merged into another's.
+        cache: the KV cache of the call; fractions: of a picture's tokens, one per decoder layer.
+        slots, frames: where runs of placeholders are to be cut. A tile has `slots` of them (0: a run is one
+            picture); `frames` says, clip by clip, how many frames it has.
 
-    Raises:
-        ValueError: a prompt that ends with a picture, if anything is pruned or merged.
+    Raises: ValueError if a prompt's last position was merged away: it speaks the next word.
     """
 
     def __init__(
-        self,
-        visual: Tensor,
-        real: Tensor,
-        alive: Tensor,
-        size: Tensor,
-        slots: int,
-        frames: Sequence[int],
-        fractions: list[float],
-        start: int,
+        self, visual: Tensor, size: Tensor, cache, fractions: list[float], slots: int, frames: list[int]
     ):
-        (B, self.S), device, frames = visual.shape, visual.device, iter(frames)
-        # Here the host waits for the device, once; all that follows in this constructor happens on the host.
-        visual, real, alive = torch.stack([t.to(torch.int8) for t in (visual * real, real, alive)]).cpu()
-        pieces: dict[int, list[tuple[int, Tensor]]] = {}  # how many tokens -> (sample, their positions)
+        self.visual, self.size, self.cache, self.fractions = visual > 0, size, cache, fractions
+        self.start = cache.get_seq_length() if cache is not None else 0  # positions seen before this call
+        self.layers: list[tuple[Tensor, int]] = []  # per layer so far: sizes (B, S), columns stored before
+        self.index: Tensor | None = None  # (B, K): what the current layer processes; None: everything
+        self.fillers = False  # do samples differ in how many positions they process?
+        self.pictures: list[tuple[int, list[int], Tensor, Tensor]] = []  # tokens, samples, rows, positions
+        (B, self.S), self.texts, frames = size.shape, [1] * len(size), iter(frames)
+        if self.S == 1:  # a word was generated: nothing to look for, no reason to wait for the device
+            return
+        visual, alive = torch.stack([visual, size > 0]).cpu()  # here the host waits, once
+        groups: dict[int, list] = {}  # pictures of equally many tokens are pruned together
         for b in range(B):
             at = visual[b].nonzero()[:, 0]
             for run in at.tensor_split((at.diff() > 1).nonzero()[:, 0] + 1) if len(at) else ():
-                if run[-1] == real[b].nonzero()[-1] and (fractions[-1] < 1 or not alive.all()):
-                    # A prompt's last position speaks the next word, so it has to live to the last layer.
-                    raise ValueError(f"sample {b} ends with a picture; put text behind it")
-                parts = len(run) // slots if slots and len(run) % slots == 0 else 1
-                for piece in run.tensor_split(next(frames, 1) if visual[b, run[0]] == 2 else parts):
-                    piece = piece[alive[b, piece].bool()]
-                    pieces.setdefault(len(piece), []).append((b, piece))
-        pieces.pop(0, None)
-        self.fractions, self.start = fractions, start
-        self.texts = ((visual == 0) & (real == 1)).sum(1).tolist()
-        self.slots = (visual > 0).sum(1).tolist()
-        self.delivered = list(pieces)  # pictures that deliver equally many tokens are one group
-        self.samples = [[b for b, _ in group] for group in pieces.values()]
-        self.rows = [torch.tensor(samples, device=device)[:, None] for samples in self.samples]
-        self.where = [torch.stack([p for _, p in group]).to(device) for group in pieces.values()]
-        self.keep = ((visual == 0) & (real == 1)).to(device)  # (B, S) bool: what the current layer processes
-        for rows, where in zip(self.rows, self.where, strict=True):
-            self.keep[rows, where] = True
-        self.size = nn.functional.pad(size, (0, 1), value=1.0)  # (B, S + 1): a spare column for fillers
-        self.index: list[Tensor | None] = []  # what `select` returned, per layer so far
-        self.sizes: list[Tensor] = []  # (B, K or S): what each of these stands for, per layer so far
-        self.visual: list[list[int]] = []  # visual tokens processed, per layer so far and sample
-        self.totals: list[int] = []  # positions processed by the latest layer, per sample
+                tiles = len(run) // slots if slots and len(run) % slots == 0 else 1
+                for piece in run.tensor_split(next(frames, 1) if visual[b, run[0]] == 2 else tiles):
+                    kept = piece[alive[b, piece] > 0]
+                    if piece[-1] == at[-1] and not alive[b, at[-1] + 1 :].any():  # nothing speaks behind it
+                        if not alive[b, at[-1]]:
+                            raise ValueError(f"sample {b} ends with a merged picture; put text behind it")
+                        kept, visual[b, at[-1]] = kept[:-1], 0  # so its last token lives to the last layer
+                    groups.setdefault(len(kept), []).append((b, kept))
+        self.texts = ((visual == 0) & (alive > 0)).sum(1).tolist()
+        groups.pop(0, None)
+        for tokens, group in groups.items():
+            rows = torch.tensor([b for b, _ in group], device=size.device)[:, None]
+            where = torch.stack([kept for _, kept in group]).to(size.device)
+            self.pictures.append((tokens, [b for b, _ in group], rows, where))
 
-    def select(self, hidden: Tensor, prune: Callable[[Tensor, int], Tensor]) -> Tensor | None:
-        """Prune for the next layer, whose logical input is `hidden` (B, S, C).
+    def prune(self, hidden: Tensor, choose: Callable[[Tensor, int], Tensor]) -> tuple[Tensor | None, Tensor]:
+        """Prune for the next layer, whose input is `hidden` (B, S, C), with the settings' `prune`.
 
-        Returns:
-            (B, K) int64, the positions that it processes, ascending, filled up at the end with S where a
-            sample has fewer than others; None if it processes every position of every sample. Noted in
-            `index`, `sizes` (a pruned token passes its size on in the same layer) and `visual`.
+        Returns: index (B, K), the positions that it processes, ascending, filled up with others of size 0;
+            None if K is S. And the sizes of these, (B, K): a pruned token passes its size on at once.
         """
-        layer, device = len(self.index), hidden.device
-        self.keep, self.size, changed = self.keep.to(device), self.size.to(device), layer == 0
-        self.visual.append([0] * len(self.texts))
-        for g, (rows, where) in enumerate(zip(self.rows, self.where, strict=True)):
-            keep = math.floor(self.fractions[layer] * self.delivered[g] + 0.5)
-            for b in self.samples[g]:
-                self.visual[-1][b] += keep
-            if keep == where.shape[1]:
-                continue
-            changed, rows, where = True, rows.to(device), where.to(device)
-            kept = prune(hidden[rows, where], keep)  # (pictures, keep)
-            self.keep[rows, where] = False
-            self.rows[g], self.where[g] = rows, where.gather(1, kept)
-            self.keep[rows, self.where[g]] = True
-            if keep:
-                self.size[rows, self.where[g]] = inherit(self.size[rows, where], kept)
-        if changed:
-            self.totals = [text + visual for text, visual in zip(self.texts, self.visual[-1], strict=True)]
-            every = torch.arange(self.S, device=device)
-            index = torch.where(self.keep, every, self.S).sort(dim=1).values[:, : max(self.totals)]
-            self.index.append(None if min(self.totals) == self.S else index)
-            self.sizes.append(self.size.gather(1, index))
-        else:  # as in the layer before, which may be on another device
-            self.index.append(None if self.index[-1] is None else self.index[-1].to(device))
-            self.sizes.append(self.sizes[-1].to(device))
-        return self.index[-1]
+        device, fraction, counts = hidden.device, self.fractions[len(self.layers)], list(self.texts)
+        size = self.size = self.size.to(device)
+        for i, (tokens, samples, rows, where) in enumerate(self.pictures):
+            rows, where, keep = rows.to(device), where.to(device), math.floor(fraction * tokens + 0.5)
+            for b in samples:
+                counts[b] += keep
+            if keep < where.shape[1]:
+                size = size.clone() if size is self.size else size  # `layers` holds the old one
+                kept, before = choose(hidden[rows, where], keep), size[rows, where]
+                size[rows, where] = 0.0
+                where = where.gather(1, kept)
+                if keep:
+                    size[rows, where] = inherit(before, kept)
+            self.pictures[i] = tokens, samples, rows, where
+        if size is not self.size or not self.layers:
+            self.fillers, K = min(counts) < max(counts), max(counts)
+            self.index = (size == 0).byte().sort(dim=1, stable=True).indices[:, :K] if K < self.S else None
+        self.size, self.index = size, None if self.index is None else self.index.to(device)
+        return self.index, size if self.index is None else size.gather(1, self.index)
 
-    def ragged(self) -> bool:
-        """Do the samples differ in how many positions the latest layer processes?"""
-        return len(set(self.totals)) > 1
-
-    def kept(self, what: str) -> list[list[Tensor]]:
-        """Per layer and sample, 1-D and in order: the "positions" that were processed, or their "sizes"."""
-        every, answer = torch.arange(self.S, device=self.keep.device).expand(len(self.texts), -1), []
-        for index, sizes in zip(self.index, self.sizes, strict=True):
-            index = every if index is None else index
-            values = index + self.start if what == "positions" else sizes
-            answer.append([v[i < self.S] for v, i in zip(values, index, strict=True)])
-        return answer
-
-
-# ---- 4.4 The KV cache, and attention in which tokens have sizes --------------------------------------
 
 EXTRA = 8  # channels that a key gets for its size; one would do, but kernels want head sizes in steps of 8
-
-
-def stored(layer) -> int:
-    """Columns of keys and values that one layer of a KV cache holds."""
-    return layer.keys.shape[-2] if layer.is_initialized else 0
 
 
 class PrunedLayer(DynamicLayer):
     """The KV cache of one decoder layer: it says how many positions were seen, not how many it stored.
 
     Masks and rotary positions are computed from the logical length; the keys hold only what this layer
-    processed. All state lives in the caller's cache object, so two conversations cannot mix, and beams
-    reorder it together.
+    processed. All state lives in the caller's cache, so conversations cannot mix, and beams reorder it.
     """
 
     is_croppable = False
 
-    def __init__(self, sized: bool = False):
+    def __init__(self, keeps: bool = True):
         super().__init__()
+        self.keeps = keeps  # False: the caller wants no KV cache
         self.seen = 0  # logical length
-        self.real = None  # (B, stored) bool, False for fillers; None as long as there are none
-        self.sized = sized  # keys carry sizes, see `sized_attention`
-        self.bias = None  # (B, columns): log(size) / scale of the keys that come next; None: all of size 1
+        self.bias: Tensor | float | None = None  # (B, K): log(size) / scale of the keys that come next
+
+    @property
+    def stored(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -911,70 +431,555 @@ class PrunedLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
-    def extend(self, columns: int, positions: int, real: Tensor | None) -> None:
-        """Note that the layer is about to store `columns` columns for `positions` positions."""
-        self.seen += positions
-        if real is None and self.real is None:
-            return
-        known = real if real is not None else self.real
-        before = known.new_ones(len(known), stored(self)) if self.real is None else self.real
-        after = known.new_ones(len(known), columns) if real is None else real
-        self.real = torch.cat([before, after], dim=1)
-
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.sized:
-            key_states, value_states = (nn.functional.pad(t, (0, EXTRA)) for t in (key_states, value_states))
-            if self.bias is not None:
-                key_states[..., -EXTRA] = self.bias[:, None].to(key_states.dtype)
-        return super().update(key_states, value_states, *args, **kwargs)
+        bias, self.bias = self.bias, None
+        if bias is None:  # not from `run_layer`: plain attention does not know the extra channels
+            raise ValueError("this KV cache was filled under LUVC: attach LUVC again, or begin a new one")
+        key_states, value_states = (nn.functional.pad(t, (0, EXTRA)) for t in (key_states, value_states))
+        if isinstance(bias, Tensor):
+            key_states[..., -EXTRA] = bias[:, None].to(key_states.dtype)
+        return super().update(key_states, value_states) if self.keeps else (key_states, value_states)
 
     def reset(self) -> None:
         super().reset()
-        self.keys = self.values = self.real = None
-        self.is_initialized, self.seen = False, 0
+        self.keys, self.values, self.is_initialized, self.seen = None, None, False, 0
 
     def crop(self, *args, **kwargs) -> None:
         raise ValueError("LUVC cannot crop its KV cache, as assisted and prompt-lookup decoding would")
-
-    def _change(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self.keys, self.values = function(self.keys), function(self.values)
-        if self.real is not None:
-            self.real = function(self.real)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda t: t[indices.to(t.device)])
 
 
 def sized_attention(module, query, key, value, attention_mask, **kwargs):
     """Any attention of transformers, in which a key of size s weighs as much as s equal keys of size 1.
 
     That is softmax(q . k * scale + log s). The sum rides along in the product, as one more channel of each
-    head, [q, 1] . [k, log(s) / scale], so that fused kernels see ordinary queries and keys. (The other new
-    channels of a key hold zeros.) Our choice: without it, whatever reads proportions of a picture is misled
-    by what was merged or pruned.
+    head, [q, 1] . [k, log(s) / scale], so that fused kernels see ordinary queries and keys, and no mask. Our
+    choice: without it, whatever reads proportions of a picture is misled by what was merged or pruned.
     """
-    ours, channels = module.config, query.shape[-1]
-    query = nn.functional.pad(query, (0, EXTRA), value=1.0)
+    channels, plain = query.shape[-1], module.config.plain  # the module as it was, with its own config
+    plain.training = module.training
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    plain = ALL_ATTENTION_FUNCTIONS.get_interface(ours.plain._attn_implementation, eager)
-    module.config = ours.plain  # functions look up there which kernel they are to use
-    try:
-        output, weights = plain(module, query, key, value, attention_mask, **kwargs)
-    finally:
-        module.config = ours
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(plain.config._attn_implementation, eager)
+    query = nn.functional.pad(query, (0, EXTRA), value=1.0)
+    output, weights = attend(plain, query, key, value, attention_mask, **kwargs)
     return output[..., :channels], weights
 
 
 ALL_ATTENTION_FUNCTIONS.register("luvc", sized_attention)
 
-# ---- 4.5 The wrapper itself --------------------------------------------------------------------------
+
+def run_layer(layer: nn.Module, plain: Callable, number: int, config: LUVCConfig, hidden: Tensor, **kwargs):
+    """Gather, run, scatter: one decoder layer on the positions that it processes. This is the whole method.
+
+    Args: layer, its own forward (`plain`) and number; hidden (B, S, C), the logical sequence; kwargs: what
+        transformers hands to a layer, and the `prompt`.
+    Returns: (B, S, C), processed positions updated, all others as they came.
+    """
+    prompt: Prompt = kwargs.pop("prompt")
+    store, device = prompt.cache.layers[number], hidden.device
+    past, store.seen = store.stored, store.seen + prompt.S
+    kwargs |= {"past_key_values": prompt.cache, "attention_mask": None}
+    if prompt.S == 1:  # a word that was just generated: it has size 1 and sees all that is stored
+        store.bias = 0.0
+        return plain(hidden, **kwargs)
+    index, size = prompt.prune(hidden, config.prune)
+    prompt.layers.append((prompt.size, past))
+    weight = size if config.sizes else (size > 0).float()
+    # The weight of a key of size 0 is e^-1000, and that is 0: nobody sees it.
+    store.bias = weight.log().clamp(min=-1000) / layer.self_attn.scaling
+    rows, x = torch.arange(len(hidden), device=device)[:, None], hidden
+    if index is not None:
+        x = hidden[rows, index]  # (B, S, C) -> (B, K, C)
+        # Rotary positions stay those of the logical sequence. position_ids go: FlashAttention would take the
+        # gaps in them for the seams of several sequences packed into one.
+        cos_sin = (t.to(device).expand(len(hidden), -1, -1) for t in kwargs["position_embeddings"])
+        kwargs |= {"position_embeddings": tuple(t[rows, index] for t in cos_sin), "position_ids": None}
+    # Of transformers' masks only the causal one is left, often none at all: fillers are hidden by their size.
+    kwargs["attention_mask"] = causal_mask(layer.self_attn.config.plain.config, x, past)
+    out = plain(x, **kwargs).to(device)
+    if prompt.fillers:
+        out = torch.where(size[..., None] > 0, out, x)  # these stay as they are
+    return out if index is None else hidden.index_put((rows, index), out)
+
+
+def causal_mask(config, x: Tensor, past: int) -> Tensor | None:
+    """The mask that transformers makes for x (B, K, C) behind `past` others; flash kernels need none."""
+    make, K = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation], x.shape[1]
+    more = {"q_offset": past, "kv_offset": 0, "mask_function": causal_mask_function, "attention_mask": None}
+    more |= {"dtype": x.dtype, "device": x.device, "config": config, "allow_is_causal_skip": True}
+    return make(batch_size=len(x), q_length=K, kv_length=past + K, use_vmap=False, **more)
+
+
+# ======================================================================================================
+# 5. Merging inside a vision encoder
+# ======================================================================================================
+#
+# The LLM expects one feature for each placeholder, a *slot* of the prompt, and computes positions from that.
+# So slots stay as many as they are. A merged token goes to one of the slots that it stands for, its *home*; the
+# others are *dead*: no layer ever processes them, their size is 0. Instead of a feature a dead slot says how
+# far away home is. Not kept in a list somewhere, because features travel: `generate` computes them ahead, and
+# repeats them for beams.
+#
+# Many encoders make one slot of unit x unit patches. The merger merges whole slots, each patch with the patch
+# in the same corner of the neighbour: grids stay even, and equal slots merge into what each of them was.
+# (All of this is our choice.)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What LUVC has to know about a model."""
+
+    base: nn.Module  # its forward sees input_ids
+    decoder: nn.Module  # the LLM without its head
+    vision: nn.Module  # the vision encoder
+    blocks: Sequence[nn.Module]  # of the vision encoder
+    projector: nn.Module  # encoder channels -> LLM channels, one row per slot
+    used_blocks: int  # how many blocks run before the features are taken
+    side: tuple[int, int] | None = None  # slots of a picture or tile, H and W; None: `grid_thw` says it
+    unit: int = 1  # a slot is unit x unit patches
+    prefix: int = 0  # tokens in front of the grid inside the encoder (CLS)
+    prefix_slots: int = 0  # how many of these also reach the LLM
+    clips: bool = False  # a video is one run of placeholders, frame after frame, instead of a run per frame
+    deepstack: Sequence[nn.Module] = ()  # projectors of features for the LLM's first layers
+    no_merger: str = ""  # why merging is refused
+
+    @property
+    def slots(self) -> int:
+        """Placeholders of one picture or tile; 0: they differ."""
+        return self.prefix_slots + math.prod(self.side) if self.side and not self.no_merger else 0
+
+
+def family_of(model: nn.Module) -> Family:
+    """How this model is built; a new family is a new branch here.
+
+    Raises: ValueError if it is of no supported family, or has parts that LUVC cannot work with.
+    """
+    config, base = getattr(model, "config", None), getattr(model, "base_model", None)
+    kind, vision = getattr(config, "model_type", type(model).__name__), getattr(config, "vision_config", None)
+    text = config.get_text_config() if config is not None else None
+    sliding = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
+    kinds = set(getattr(text, "layer_types", None) or sliding) - {"full_attention"}
+    if kinds:
+        raise ValueError(f"{kind!r} has decoder layers of kind {sorted(kinds)}; use full attention only")
+    if kind in ("llava", "llava_next", "llava_onevision"):
+        tower, strategy = vision.model_type, config.vision_feature_select_strategy
+        prefix, layer = int(tower == "clip_vision_model"), config.vision_feature_layer
+        if not prefix and (tower != "siglip_vision_model" or strategy != "full"):
+            raise ValueError(f"tower {tower!r}, strategy {strategy!r}: use CLIP, or SigLIP with 'full'")
+        layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+        if not isinstance(layer, int):
+            raise ValueError(f"vision_feature_layer={layer} must be a single layer")
+        blocks = getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers
+        family = Family(
+            base, base.language_model, base.vision_tower, blocks, base.multi_modal_projector,
+            used_blocks=layer % (len(blocks) + 1), side=(vision.image_size // vision.patch_size,) * 2,
+            prefix=prefix, prefix_slots=prefix * (strategy == "full"),
+            no_merger="" if kind == "llava" else "it crops or rearranges its tiles after the projector",
+        )  # fmt: skip
+    elif kind == "internvl":  # a pixel shuffle makes a slot of 2 x 2 patches, and takes the grid for a square
+        blocks, unit = base.vision_tower.encoder.layer, round(1 / config.downsample_ratio)
+        family = Family(
+            base, base.language_model, base.vision_tower, blocks, base.multi_modal_projector,
+            used_blocks=config.vision_feature_layer % (len(blocks) + 1), unit=unit, prefix=1,
+            side=tuple(s // p // unit for s, p in zip(vision.image_size, vision.patch_size, strict=True)),
+        )  # fmt: skip
+    elif kind in ("idefics3", "smolvlm"):
+        blocks, unit = base.vision_model.encoder.layers, config.scale_factor
+        family = Family(
+            base, base.text_model, base.vision_model, blocks, base.connector,
+            used_blocks=len(blocks), unit=unit, side=(vision.image_size // vision.patch_size // unit,) * 2,
+        )  # fmt: skip
+    elif kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        family = Family(
+            base, base.language_model, base.visual, base.visual.blocks, base.visual.merger,
+            used_blocks=len(base.visual.blocks), unit=vision.spatial_merge_size, clips=kind != "qwen3_vl",
+            deepstack=getattr(base.visual, "deepstack_merger_list", ()),
+        )  # fmt: skip
+    else:
+        raise ValueError(
+            f"{kind!r} is not supported; use LLaVA, InternVL, Idefics3, SmolVLM or Qwen2 to 3-VL"
+        )
+    text = family.decoder.config
+    known = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+    if text.model_type not in known:
+        raise ValueError(f"decoder {text.model_type!r} is not supported; use one of {sorted(known)}")
+    attention = text._attn_implementation
+    if attention not in ALL_MASK_ATTENTION_FUNCTIONS or attention == "flex_attention":
+        raise ValueError(f"attention {attention!r} is not supported; use sdpa, flash_attention_2 or eager")
+    return family
+
+
+class Grids:
+    """The pictures of one call of the vision encoder, and how far they are merged.
+
+    Here: pictures or tiles of one size, x (n, prefix + patches, C), row by row. `shapes`: one (n, H, W) per
+    picture, n frames or tiles of H x W slots. `split` and `join` lead from the encoder's own order of tokens
+    to grids (n, h, w, unit * unit * C) and back.
+    """
+
+    def __init__(self, family: Family, config: LUVCConfig, shapes: list[tuple[int, int, int]], device):
+        self.family, self.config, self.shapes = family, config, shapes
+        self.plans = [merge_plan(H, W, config.vision_keep, config.vision_steps) for _, H, W in shapes]
+        self.size = [torch.ones(shape, device=device) for shape in shapes]
+        slots = [torch.arange(H * W, device=device).expand(n, -1) for n, H, W in shapes]
+        self.place = [(slot // W, slot % W) for slot, (_, _, W) in zip(slots, shapes, strict=True)]
+        self.arrange(shapes)
+
+    def arrange(self, shapes: list[tuple[int, int, int]]) -> None:
+        """Called when the grids have changed: nothing to do here."""
+
+    def arguments(self, number: int, hidden: Tensor, kwargs: dict) -> dict:
+        """What block `number` gets beside the tokens: nothing that merging changes."""
+        return kwargs
+
+    def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
+        n, h, w = self.size[0].shape
+        if x.shape[1] != prefix + h * w * unit**2:
+            want = f"the encoder has {x.shape[1]} tokens where merging leaves {prefix + h * w * unit**2}"
+            raise ValueError(f"{want}; feature layer, strategy and picture size must be those of the config")
+        x = x[:, prefix:].reshape(n, h, unit, w, unit, -1)
+        return [x.transpose(2, 3).reshape(n, h, w, -1)]
+
+    def join(self, grids: list[Tensor], unit: int, head: Tensor) -> Tensor:
+        n, h, w, _ = grids[0].shape
+        x = grids[0].reshape(n, h, w, unit, unit, -1).transpose(2, 3)
+        return torch.cat([head, x.reshape(n, h * w * unit**2, -1)], dim=1)
+
+    def tokens(self) -> list[Tensor]:
+        """(n, H * W) per picture: the flat index of the merged token that each slot is in."""
+        return [row * s.shape[2] + column for (row, column), s in zip(self.place, self.size, strict=True)]
+
+    def merge(self, hidden: Tensor, step: int) -> Tensor:
+        """One step of the plan, for all pictures: encoder tokens -> fewer encoder tokens."""
+        unit, prefix = self.family.unit, self.family.prefix
+        grids = self.split(hidden, unit, prefix)
+        for i, x in enumerate(grids):
+            axis, *left = self.plans[i][step]
+            size, place = self.size[i].to(x.device), tuple(t.to(x.device) for t in self.place[i])
+            grids[i], self.size[i], parent = self.config.merge(x, size, left[axis - 1], axis)
+            self.place[i] = follow(place, parent, axis)
+        self.arrange([tuple(size.shape) for size in self.size])
+        return self.join(grids, unit, hidden[:, :prefix])
+
+    def centres(self, i: int) -> tuple[Tensor, Tensor]:
+        """Picture i: (row, column) of each slot, (H * W, 2), and their mean in each token, (n, h * w, 2)."""
+        (n, H, W), token, device = self.shapes[i], self.tokens()[i], self.size[i].device
+        slot = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"), -1)
+        slot = slot.view(-1, 2).to(device, torch.float32)
+        mean, index = slot.new_zeros(n, self.size[i][0].numel(), 2), token[..., None].expand(-1, -1, 2)
+        return slot, mean.scatter_reduce(1, index, slot.expand(n, -1, -1), "mean", include_self=False)
+
+    def homes(self, i: int, token: Tensor) -> Tensor:
+        """(n, h * w): which of its own slots, the one nearest its centre, a merged token goes to; ties: the first.
+
+        Of its own, so that no two tokens claim the same: the centre of a bent group can lie outside of it.
+        """
+        slot, centre = self.centres(i)
+        distance = (slot - centre.gather(1, token[..., None].expand(-1, -1, 2))).square().sum(-1)
+        order = distance.argsort(
+            dim=1, stable=True
+        )  # (n, H * W): all slots, the nearest to their centres first
+        first = order.new_full(centre.shape[:2], len(slot)).scatter_reduce(
+            1, token, order.argsort(dim=1), "amin"
+        )
+        return order.gather(1, first)
+
+    def deliver(self, features: Tensor) -> Tensor:
+        """One row per merged token -> one per slot: a token in its home, in others how far away that is."""
+        prefix = self.family.prefix_slots
+        grids = self.split(features, 1, prefix)
+        for i, ((n, H, W), token) in enumerate(zip(self.shapes, self.tokens(), strict=True)):
+            x, home = grids[i].flatten(1, 2), self.homes(i, token)
+            away = home.gather(1, token) - torch.arange(H * W, device=token.device)
+            digits = torch.stack([away // 256, away % 256], -1)  # exact in every floating dtype
+            slots = nn.functional.pad(digits.to(x), (0, x.shape[2] - 2))
+            index = home[..., None].to(x.device)
+            grids[i] = slots.scatter(1, index.expand_as(x), x).view(n, H, W, -1)
+        self.arrange(self.shapes)
+        return self.join(grids, 1, features[:, :prefix])
+
+    def spread(self, features: Tensor) -> Tensor:
+        """DeepStack: one row per merged token -> one row per slot, each that of its token so far."""
+        grids = self.split(features, 1, 0)
+        for i, ((n, H, W), token) in enumerate(zip(self.shapes, self.tokens(), strict=True)):
+            index = token[..., None].to(features.device).expand(-1, -1, features.shape[-1])
+            grids[i] = grids[i].flatten(1, 2).gather(1, index).view(n, H, W, -1)
+        return self.join(grids, 1, features[:0])
+
+
+class PackedGrids(Grids):
+    """Qwen: pictures of any size in one sequence, x (patches, C), slot by slot. Blocks get rotary positions
+    and where frames end; in Qwen2.5-VL some attend within windows, and slots stand in the order of these."""
+
+    def arrange(self, shapes: list[tuple[int, int, int]]) -> None:
+        self.order, self.cos_sin = None, None
+        if not any(self.plans):  # nothing is merged: the encoder's own order and positions will do
+            return
+        unit, vision, device = self.family.unit, self.family.vision, self.size[0].device
+        frames = [h * w * unit**2 for n, h, w in shapes for _ in range(n)]
+        ends = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32, device=device)
+        self.frame_ends = ends, max(frames)
+        if hasattr(vision, "fullatt_block_indexes"):
+            thw = torch.tensor([(n, h * unit, w * unit) for n, h, w in shapes])
+            order, ends = get_vision_window_index(thw, unit, vision.window_size, vision.patch_size)
+            self.order, self.window_ends = order.to(device), (ends.to(device), int(ends.diff().max()))
+
+    def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
+        x = x.reshape(-1, unit**2 * x.shape[-1])
+        x = x if self.order is None else x[self.order.argsort()]
+        parts = x.split([size.numel() for size in self.size])
+        return [part.view(*size.shape, -1) for part, size in zip(parts, self.size, strict=True)]
+
+    def join(self, grids: list[Tensor], unit: int, head: Tensor) -> Tensor:
+        x = torch.cat([grid.flatten(0, 2) for grid in grids])
+        x = x if self.order is None else x[self.order]
+        return x.reshape(len(x) * unit**2, -1)
+
+    def rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the merged tokens: a position is the mean over the patches that were merged."""
+        unit, device, at = self.family.unit, hidden.device, []
+        corner = torch.cartesian_prod(*[torch.arange(unit, device=device)] * 2).view(-1, 2)
+        for i in range(len(self.shapes)):
+            centre = self.centres(i)[1].to(device)
+            at.append((centre[:, :, None] * unit + corner).flatten(0, 1))  # (slots, corners, 2), in patches
+        at = torch.cat(at) if self.order is None else torch.cat(at)[self.order]
+        return self.family.vision.rotary_pos_emb(hidden, at.flatten(0, 1))
+
+    def arguments(self, number: int, hidden: Tensor, kwargs: dict) -> dict:
+        self.cos_sin = self.rotary(hidden) if self.cos_sin is None else self.cos_sin
+        full = self.order is None or number in self.family.vision.fullatt_block_indexes
+        ends, longest = self.frame_ends if full else self.window_ends
+        if kwargs.get("max_seqlen") is not None:  # FlashAttention asks for it
+            kwargs["max_seqlen"] = longest
+        return kwargs | {"cu_seqlens": ends, "position_embeddings": self.cos_sin}
+
+
+def read_sizes(embeds: Tensor, visual: Tensor) -> Tensor:
+    """What `deliver` wrote, read from the input of the LLM.
+
+    Args: embeds (B, S, C); visual (B, S) bool, the slots.
+    Returns: (B, S) float32, how many slots each position stands for; 0: a dead slot, 1: text.
+    """
+    dead = visual & (embeds[..., 2:] == 0).all(-1)
+    away = (embeds[..., 0].float() * 256 + embeds[..., 1].float()).masked_fill(~dead, 0.0)
+    home = torch.arange(embeds.shape[1], device=embeds.device) + away.long()
+    return torch.zeros_like(away).scatter_add_(1, home, torch.ones_like(away))
+
+
+# ======================================================================================================
+# 6. Hooks in, hooks out
+# ======================================================================================================
+#
+# What one part of the model has to tell another within a call waits in these. A context variable has a value
+# of its own in every thread, so several threads can use one attached model at the same time.
+
+CALL: ContextVar = ContextVar("luvc_call", default=(None, None))  # base -> decoder: input_ids, video_grid_thw
+GRIDS: ContextVar = ContextVar("luvc_grids", default=None)  # vision encoder -> its blocks and projectors
+
+
+def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
+    """Give a module another forward. Returns the function that takes it back."""
+    own = module.__dict__.get("forward")  # accelerate, too, gives modules forwards of their own
+    module.forward = forward
+    return lambda: setattr(module, "forward", own) if own is not None else delattr(module, "forward")
+
+
+class LUVC:
+    """Hook merging and pruning into a model, in place and reversibly.
+
+        with LUVC(model) as luvc:
+            model.generate(**inputs)       # or model(...), or a pipeline: nothing else changes
+        print(luvc.report())
+
+    With everything off (`vision_keep=1.0, llm_keep=1.0`) results are bit-identical.
+
+    A second turn on the same KV cache works. It sees all text of the first turn and, in each layer, the
+    visual tokens that this layer kept: all in the first, none in the last. Pruned tokens never come back.
+
+    Several threads may use an attached model at once. `kept`, `sizes` and `report` then speak of whichever
+    prefill ended last, `groups` of the pictures that were encoded last.
+
+    Args: model, a Hugging Face VLM of a supported family (`family_of`); config, the settings.
+    Raises: ValueError for an unsupported model, or settings that do not fit its layers or blocks.
+    """
+
+    def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
+        self.model, self.config, self.family = model, config, family_of(model)
+        family, steps = self.family, config.vision_steps if config.vision_keep < 1 else 0
+        self.fractions = config.fractions(len(family.decoder.layers))
+        if steps and family.no_merger:
+            kind = model.config.model_type
+            raise ValueError(f"{kind!r} cannot merge: {family.no_merger}; set vision_keep=1.0 to prune only")
+        if steps > family.used_blocks:
+            raise ValueError(f"vision_steps={steps} must be at most {family.used_blocks}, one per block")
+        if steps == 1 and family.unit > 1 and family.side:
+            raise ValueError("vision_steps=1 merges along W alone, but this model needs a square grid; set 2")
+        # Our choice: the merges are spread evenly over the blocks. Block -> step of the plan.
+        self.merges = {(step + 1) * family.used_blocks // (steps + 1): step for step in range(steps)}
+        self.off = not steps and min(self.fractions) == 1
+        self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
+        self._grids: Grids | None = None  # the latest pictures in the encoder
+        self._prompt: Prompt | None = None  # the latest prefill
+
+    def attach(self) -> "LUVC":
+        """Put the hooks in. Raises: ValueError if a LUVC is attached already, or the model is compiled."""
+        family = self.family
+        if getattr(family.decoder, "_luvc", None) is not None:
+            raise ValueError("a LUVC is attached to this model already; detach() it first")
+        if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules()):
+            raise ValueError("the model is compiled; LUVC's hooks need eager mode: use the model from before")
+        family.decoder._luvc, handles = self, []
+        hooks = [(family.base, self._before_base), (family.decoder, self._before_decoder)]
+        hooks.append((family.vision, self._before_vision))
+        for number in range(min(self.merges, default=family.used_blocks), family.used_blocks):
+            hooks.append((family.blocks[number], functools.partial(self._before_block, number)))
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        if self.merges:
+            handles.append(family.projector.register_forward_hook(lambda *a: GRIDS.get().deliver(a[-1])))
+            handles += [
+                m.register_forward_hook(lambda *a: GRIDS.get().spread(a[-1])) for m in family.deepstack
+            ]
+        # What torch.compile made of the model before does not see hooks, but it does see another forward.
+        self._undo.append(replace_forward(family.base, torch.compiler.disable(family.base.forward)))
+        if not self.off:
+            handles.append(family.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+            self._undo += [undo for number in range(len(self.fractions)) for undo in self._wrap(number)]
+        self._undo += [handle.remove for handle in handles]
+        return self
+
+    def _wrap(self, number: int) -> list[Callable[[], None]]:
+        """Give a decoder layer `run_layer` for a forward, and its attention sizes. Returns what undoes it."""
+        # At `forward`, inside of the layer's hooks: with these transformers collects hidden_states, and they
+        # have to see the logical sequence on both sides.
+        layer = self.family.decoder.layers[number]
+        forward = functools.partial(run_layer, layer, layer.forward, number, self.config)
+        attention, plain = layer.self_attn, layer.self_attn.config
+        config = copy.copy(plain)  # for this module alone: nothing else sees another attention
+        config._attn_implementation, config.plain = "luvc", copy.copy(attention)  # the module as it was
+        attention.config = config
+        return [replace_forward(layer, forward), functools.partial(setattr, attention, "config", plain)]
+
+    def detach(self) -> None:
+        """Take the hooks out: the model is what it was before `attach`. Without effect if not attached."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+        if getattr(self.family.decoder, "_luvc", None) is self:
+            del self.family.decoder._luvc
+
+    def __enter__(self) -> "LUVC":
+        return self.attach()
+
+    def __exit__(self, *exception) -> None:
+        self.detach()
+
+    def _before_vision(self, module, args, kwargs):
+        family, unit = self.family, self.family.unit
+        pixels = args[0] if args else kwargs["pixel_values"]
+        if family.side:
+            grids = Grids(family, self.config, [(len(pixels), *family.side)], pixels.device)
+        else:
+            thw = args[1] if len(args) > 1 else kwargs["grid_thw"]
+            shapes = [(t, h // unit, w // unit) for t, h, w in thw.tolist()]
+            grids = PackedGrids(family, self.config, shapes, pixels.device)
+        self._grids = grids
+        GRIDS.set(grids)
+
+    def _before_block(self, number, module, args, kwargs):
+        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+        if any(isinstance(mask, Tensor) for mask in (*rest, kwargs.get("attention_mask"))):
+            raise ValueError("a tile has padding, which cannot be merged; split pictures into whole tiles")
+        grids = GRIDS.get()
+        if number in self.merges:
+            hidden = grids.merge(hidden, self.merges[number])
+        return (hidden, *rest), grids.arguments(number, hidden, kwargs)
+
+    def _before_base(self, module, args, kwargs):
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        if ids is None and embeds is not None and embeds.shape[1] > 1 and not self.off:
+            raise ValueError("LUVC finds the pictures by input_ids; pass these instead of inputs_embeds")
+        CALL.set((ids, kwargs.get("video_grid_thw") if self.family.clips else None))
+
+    def _before_decoder(self, module, args, kwargs):
+        """Decide what this forward call processes, and let the KV cache count logical positions."""
+        embeds, mask, cache = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "past_key_values"))
+        (ids, clips), _ = CALL.get(), CALL.set((None, None))
+        if embeds is None:  # the LLM alone, with ids of its own
+            embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
+        (B, S), device = embeds.shape[:2], embeds.device
+        if not self.off:
+            if module.training and getattr(module, "gradient_checkpointing", False):
+                raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
+            if mask is not None and getattr(mask, "ndim", 0) != 2:
+                raise ValueError("LUVC needs a 2-D attention_mask (B, P + S), or none, and a DynamicCache")
+            cache = self._adopt(cache, module.config, kwargs)
+        visual, size = torch.zeros(B, S, dtype=torch.int8, device=device), torch.ones(B, S, device=device)
+        if S > 1:
+            for kind, name in enumerate(("image_token_id", "video_token_id"), start=1):
+                token = getattr(self.model.config, name, None)
+                if ids is not None and token is not None:
+                    visual += (ids == token).to(device) * (kind if self.family.clips else 1)
+            size = read_sizes(embeds, visual > 0) if self.merges else size
+            if getattr(mask, "ndim", 0) == 2:
+                size = size * (mask[:, -S:].to(device) != 0)
+        frames = [] if clips is None else clips[:, 0].tolist()
+        prompt = Prompt(visual, size, cache, self.fractions, self.family.slots, frames)
+        if not self.off:
+            return args, kwargs | {"prompt": prompt}
+        prompt.layers = [(size, prompt.start)] * len(self.fractions)
+        self._after_decoder(module, args, {"prompt": prompt}, None)
+
+    def _adopt(self, cache, config, kwargs: dict) -> DynamicCache:
+        """The call's KV cache, whose layers count logical positions from now on; the caller's object stays."""
+        use_cache = kwargs.get("use_cache")
+        keeps = cache is not None or (config.use_cache if use_cache is None else use_cache)
+        cache = DynamicCache(config=config) if cache is None else cache
+        kwargs |= {"past_key_values": cache} if keeps else {}
+        if not cache.layers or not all(isinstance(layer, PrunedLayer) for layer in cache.layers):
+            if not isinstance(cache, DynamicCache) or {type(layer) for layer in cache.layers} - {
+                DynamicLayer
+            }:
+                raise ValueError(
+                    f"a {type(cache).__name__} is not supported; use a DynamicCache, the default"
+                )
+            if cache.get_seq_length():
+                raise ValueError("this KV cache was filled without LUVC; begin anew with LUVC attached")
+            cache.layers = [PrunedLayer(keeps) for _ in self.fractions]
+        return cache
+
+    def _after_decoder(self, module, args, kwargs, output):
+        prompt = kwargs["prompt"]
+        prompt.cache = None  # a report must not keep a KV cache alive
+        self._prompt = prompt if prompt.S > 1 else self._prompt
+
+    # -- what happened
+
+    def _latest(self, what):
+        if what is None:
+            raise ValueError("nothing happened yet: call the model with a picture while LUVC is attached")
+        return what
+
+    @property
+    def kept(self) -> list[list[Tensor]]:
+        """`kept[layer][sample]`: positions that a decoder layer processed in the latest prefill, 1-D int64.
+
+        Ascending, counted from the beginning of the KV cache, without padding. ValueError before a prefill.
+        """
+        prompt = self._latest(self._prompt)
+        return [[row.nonzero()[:, 0] + prompt.start for row in size] for size, _ in prompt.layers]
+
+    @property
+    def sizes(self) -> list[list[Tensor]]:
+        """`sizes[layer][sample]`: how many slots each position of `kept` stands for, 1-D float32; text 1."""
+        return [[row[row > 0] for row in size] for size, _ in self._latest(self._prompt).layers]
+
+    @property
+    def groups(self) -> list[Tensor]:
+        """For each picture, tile or frame encoded last: (H * W,) int64, the merged token of each slot."""
+        return [one for token in self._latest(self._grids).tokens() for one in token]
+
+    def report(self) -> "Report":
+        """Numbers of the latest prefill, see `Report`. Raises: ValueError if there was none yet."""
+        return Report.of(self._latest(self._prompt), self)
 
 
 @dataclass
@@ -982,14 +987,9 @@ class Report:
     """What LUVC did in the latest prefill, summed over the batch. `print` it.
 
     `flops_left` is the fraction of the LLM's prefill arithmetic that is left. A decoder layer whose linear
-    maps hold M weights, with attention of width A (heads times head size), costs, for n positions behind p
-    stored ones,
-
-        2 * M * n  +  4 * A * (n * p + n * (n + 1) / 2)         (a multiply-add counts as two)
-
-    floating-point operations per sample. The fraction sums this over all decoder layers, for the positions
-    that were processed and for all that are not padding. Embedding, encoder, output head and the channels
-    that sizes add to the keys are not counted.
+    maps hold M weights, with attention of width A (heads times head size), costs per sample, for n positions
+    behind p stored ones, 2 * M * n + 4 * A * (n * p + n * (n + 1) / 2) floating-point operations. Embedding,
+    encoder, output head and the channels that sizes add to keys are not counted.
     """
 
     vision_tokens: list[int]  # per encoder block, of the pictures encoded last, CLS not counted
@@ -997,9 +997,39 @@ class Report:
     positions: list[int]  # per decoder layer, text included, padding not
     visual_full: int  # visual tokens per decoder layer of the plain model
     positions_full: int  # positions per decoder layer of the plain model
-    kv_bytes: int  # keys and values as stored after the latest forward
-    kv_bytes_full: int  # what the plain model would have stored
+    kv_bytes: int  # keys and values of a KV cache after the prefill, in the dtype of the embeddings
+    kv_bytes_full: int  # what the plain model's would hold
     flops_left: float
+
+    @staticmethod
+    def of(prompt: Prompt, luvc: LUVC) -> "Report":
+        """The report of a prefill: index 0 in `flops` and `kv` is LUVC's, 1 the plain model's."""
+        family, grids, vision, flops, kv = luvc.family, luvc._grids, [], [0.0, 0.0], [0, 0]
+        sizes, visual, config = (
+            [size.cpu() for size, _ in prompt.layers],
+            prompt.visual.cpu(),
+            family.decoder.config,
+        )
+        plain, itemsize = visual | (sizes[0] > 0), family.decoder.get_input_embeddings().weight.element_size()
+        for layer, size, (_, past) in zip(family.decoder.layers, sizes, prompt.layers, strict=True):
+            weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+            head, extra = layer.self_attn.head_dim, 0 if luvc.off else EXTRA
+            for i, (here, p, channels) in enumerate(
+                [(size > 0, past, head + extra), (plain, prompt.start, head)]
+            ):
+                n, width = here.sum(1).double(), config.num_attention_heads * head
+                flops[i] += (2 * weights * n + 4 * width * (n * p + n * (n + 1) / 2)).sum().item()
+                columns = len(n) * (p + (int(n.max()) if i == 0 else prompt.S))
+                kv[i] += 2 * config.num_key_value_heads * columns * channels * itemsize
+        for block in range(len(family.blocks) if grids is not None else 0):
+            step = sum(merge <= block for merge in luvc.merges)  # merges so far
+            grid = [
+                (n, *[(2, H, W), *plan][step][1:])
+                for (n, H, W), plan in zip(grids.shapes, grids.plans, strict=True)
+            ]
+            vision.append(sum(map(math.prod, grid)) * family.unit**2)
+        left, positions = [int(((s > 0) & visual).sum()) for s in sizes], [int((s > 0).sum()) for s in sizes]
+        return Report(vision, left, positions, int(visual.sum()), int(plain.sum()), *kv, flops[0] / flops[1])
 
     def __str__(self) -> str:
         plain = f"{self.visual_full} and {self.positions_full}"
@@ -1011,449 +1041,39 @@ class Report:
         return "\n".join([*lines, f"LLM prefill FLOPs left {self.flops_left:.1%}"])
 
 
-def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
-    """Give a module another forward. Returns the function that takes it back."""
-    had_own, plain = "forward" in module.__dict__, module.forward
-    module.forward = forward
-
-    def undo():
-        if had_own:  # accelerate wraps in the same way when it spreads a model over devices
-            module.forward = plain
-        else:
-            del module.forward
-
-    return undo
-
-
-class LUVC:
-    """Hook merging and pruning into a model, in place and reversibly.
-
-        with LUVC(model) as luvc:
-            model.generate(**inputs)       # or model(...), or a pipeline: nothing else changes
-        print(luvc.report())
-
-    No attention map is read, and no mask is made where transformers would make none for the shorter sequence,
-    so the flash kernels run. With everything off (`vision_keep=1.0, llm_keep=1.0`) results are bit-identical.
-
-    A second turn on the same KV cache works. It sees all text of the first turn and, in each layer, the
-    visual tokens that this layer kept: all in the first, none in the last. Where the picture stands
-    before the question, as usual, these do not depend on the question: a second one finds what the first one
-    found. Pruned tokens never come back. A new picture in the second turn is seen as in the first.
-
-    Args:
-        model: a Hugging Face VLM of a supported family (`LAYOUTS`).
-        config: the settings.
-
-    Raises:
-        ValueError: an unsupported model, or settings that do not fit it (number of layers or encoder blocks).
-    """
-
-    def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
-        self.model, self.config, self.layout = model, config, find_layout(model)
-        layout, steps = self.layout, config.vision_steps if config.vision_keep < 1 else 0
-        self.fractions = config.fractions(len(layout.decoder.layers))
-        if steps and layout.no_merger:
-            kind = model.config.model_type
-            raise ValueError(f"{kind!r} cannot merge: {layout.no_merger}; set vision_keep=1.0 to prune only")
-        if steps > layout.used_blocks:
-            raise ValueError(f"vision_steps={steps} must be at most {layout.used_blocks}, one per block")
-        if steps == 1 and layout.square:
-            raise ValueError("vision_steps=1 merges along W alone, but this model needs a square grid; set 2")
-        # Our choice: the merges are spread evenly over the blocks. Block -> step of the plan.
-        self.merges = {(step + 1) * layout.used_blocks // (steps + 1): step for step in range(steps)}
-        self.off = not steps and all(fraction == 1 for fraction in self.fractions)
-        # Which layers hold tokens of unequal size. The first, if nothing was merged, holds every token; the
-        # last may hold none at all.
-        self.sized = [config.sizes and 0 < f and (f < 1 or steps > 0) for f in self.fractions]
-        self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
-        self._call = None, None  # input_ids and video_grid_thw of the call that is running
-        self._grids: Grids | None = None  # the latest pictures in the encoder
-        self._now: Positions | None = None  # the prefill that is running
-        self._prefill: Positions | None = None  # the latest prefill
-        self._past: list[int] = []  # columns that were stored before it, per layer
-        self._kv: dict[int, tuple[int, int]] = {}  # layer -> bytes (stored, plain), latest call
-        self._no_cache: DynamicCache | None = None  # stands in where the caller wants no KV cache
-
-    # -- hooks in, hooks out
-
-    def attach(self) -> "LUVC":
-        """Put the hooks in.
-
-        Raises:
-            ValueError: this or another LUVC is attached to the model already, or the model is compiled.
-        """
-        if getattr(self.model, "_luvc", None) is not None:
-            raise ValueError("a LUVC is attached to this model already; detach() it first")
-        modules = list(self.model.modules())
-        if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules):
-            raise ValueError("the model is compiled; LUVC's hooks need eager mode: use the model from before")
-        self.model._luvc, layout = self, self.layout
-        handles = [
-            layout.base.register_forward_pre_hook(self._before_base, with_kwargs=True),
-            layout.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            layout.vision.register_forward_pre_hook(self._before_vision, with_kwargs=True),
-        ]
-        # Packed tokens come with positions: every block from the first merge on has to get the new ones.
-        later = range(min(self.merges, default=layout.used_blocks), layout.used_blocks)
-        for number in later if layout.packed else self.merges:
-            hook = functools.partial(self._before_block, number)
-            handles.append(layout.blocks[number].register_forward_pre_hook(hook, with_kwargs=True))
-        if self.merges:
-            deliver, spread = (lambda *a: self._grids.deliver(a[-1])), (lambda *a: self._grids.spread(a[-1]))
-            handles.append(layout.projector.register_forward_hook(deliver))
-            handles += [module.register_forward_hook(spread) for module in layout.deepstack]
-        self._undo = [handle.remove for handle in handles]
-        # What torch.compile made of the model before does not see hooks, but it does see another forward.
-        self._undo.append(replace_forward(layout.base, torch.compiler.disable(layout.base.forward)))
-        for number, layer in enumerate(layout.decoder.layers):
-            self._undo.append(self._wrap(number, layer))
-        return self
-
-    def detach(self) -> None:
-        """Take the hooks out: the model is what it was before `attach`. Without effect if not attached."""
-        for undo in self._undo:
-            undo()
-        self._undo, self._call, self._now = [], (None, None), None
-        if getattr(self.model, "_luvc", None) is self:
-            del self.model._luvc
-
-    def __enter__(self) -> "LUVC":
-        return self.attach()
-
-    def __exit__(self, *exception) -> None:
-        self.detach()
-
-    def _wrap(self, number: int, layer: nn.Module) -> Callable[[], None]:
-        # A layer is wrapped at `forward`, inside of its hooks. transformers collects hidden_states by hooks
-        # on the layers: these have to see the logical sequence on both sides, which a pre-hook of ours would
-        # take away.
-        plain, attention = layer.forward, layer.self_attn
-        plain_config = attention.config
-
-        def forward(hidden_states, *args, **kwargs):
-            return self._run_layer(number, plain, hidden_states, *args, **kwargs)
-
-        restore = replace_forward(layer, forward)
-
-        def undo():
-            attention.config = plain_config
-            restore()
-
-        if self.sized[number]:  # a config of its own for this module: nothing else sees another attention
-            attention.config = copy.copy(plain_config)
-            attention.config._attn_implementation, attention.config.plain = "luvc", plain_config
-        return undo
-
-    # -- the vision encoder
-
-    def _before_vision(self, module, args, kwargs):
-        layout, unit = self.layout, self.layout.unit
-        pixels = args[0] if args else kwargs["pixel_values"]
-        shapes = [(len(pixels), layout.H, layout.W)]
-        if layout.packed:
-            thw = args[1] if len(args) > 1 else kwargs["grid_thw"]
-            shapes = [(t, h // unit, w // unit) for t, h, w in thw.tolist()]
-        self._grids = Grids(layout, self.config, shapes, pixels.device)
-
-    def _before_block(self, number, module, args, kwargs):
-        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        grids, layout = self._grids, self.layout
-        if any(isinstance(mask, Tensor) for mask in (*rest, kwargs.get("attention_mask"))):
-            raise ValueError("a tile has padding, which cannot be merged; split pictures into whole tiles")
-        if number in self.merges:
-            hidden = grids.merge(hidden, self.merges[number])
-            grids.cos_sin = grids.rotary(hidden) if layout.packed else None
-        if layout.packed:  # where frames or windows end, and which position each token has
-            full = grids.order is None or number in layout.vision.fullatt_block_indexes
-            ends, longest = grids.frame_ends if full else grids.window_ends
-            kwargs |= {"cu_seqlens": ends, "position_embeddings": grids.cos_sin}
-            if kwargs.get("max_seqlen") is not None:  # FlashAttention asks for it
-                kwargs["max_seqlen"] = longest
-        return (hidden, *rest), kwargs
-
-    # -- the LLM
-
-    def _before_base(self, module, args, kwargs):
-        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-        if ids is None and embeds is not None and embeds.shape[1] > 1 and not self.off:
-            raise ValueError("LUVC finds the pictures by input_ids; pass these instead of inputs_embeds")
-        self._call = ids, kwargs.get("video_grid_thw") if self.layout.clips else None
-
-    def _before_decoder(self, module, args, kwargs):
-        """Decide what this forward call processes, and let the KV cache count logical positions."""
-        embeds, mask, cache = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "past_key_values"))
-        (ids, clips), self._call, self._now, self._kv = self._call, (None, None), None, {}
-        if embeds is None:  # the LLM alone, with ids of its own
-            embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
-        if not self.off:
-            if module.training and getattr(module, "gradient_checkpointing", False):
-                raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
-            if mask is not None and getattr(mask, "ndim", 0) != 2:
-                raise ValueError(
-                    "LUVC needs the 2-D attention_mask (B, P + S) of the padding, or none; static KV caches "
-                    "come with another, so use a DynamicCache, the default"
-                )
-            use_cache = kwargs.get("use_cache")
-            if cache is None and (module.config.use_cache if use_cache is None else use_cache):
-                cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
-            if cache is None:
-                self._no_cache = DynamicCache(config=module.config)
-            self._adopt(cache if cache is not None else self._no_cache)
-        B, S = embeds.shape[:2]
-        if S > 1:  # a single token was just generated: no picture, no padding, no need to wait for the device
-            real = every = torch.ones(B, S, dtype=torch.bool, device=embeds.device)
-            visual = torch.zeros(B, S, dtype=torch.int64, device=embeds.device)
-            if ids is not None:
-                *_, video = each = self.layout.visual_ids
-                visual = torch.isin(ids, torch.tensor(each, device=ids.device)).long()
-                visual = (visual + (ids == video) * self.layout.clips).to(embeds.device)
-            if getattr(mask, "ndim", 0) == 2:
-                real = mask[:, -S:].to(embeds.device, torch.bool)
-            alive, size = read_signposts(embeds, visual > 0) if self.merges else (every, every.float())
-            start = cache.get_seq_length() if cache is not None else 0
-            frames = () if clips is None else clips[:, 0].tolist()
-            self._now = Positions(visual, real, alive, size, self.layout.slots, frames, self.fractions, start)
-            self._prefill, self._past = self._now, []
-        return args, kwargs
-
-    def _adopt(self, cache) -> None:
-        """Make the cache count logical positions: its layers change, so the caller's object keeps working."""
-        if cache.layers and all(isinstance(layer, PrunedLayer) for layer in cache.layers):
-            if [layer.sized for layer in cache.layers] != self.sized:
-                raise ValueError("this KV cache was filled by a LUVC with other settings; begin anew")
-            return
-        kinds = {type(layer).__name__ for layer in cache.layers}
-        if not isinstance(cache, DynamicCache) or kinds - {"DynamicLayer"}:
-            kind = f"{type(cache).__name__} of {sorted(kinds)}"
-            raise ValueError(f"the KV cache, a {kind}, is not supported; use a DynamicCache, the default")
-        if cache.get_seq_length():
-            raise ValueError("this KV cache was filled without LUVC; begin anew with LUVC attached")
-        cache.layers = [PrunedLayer(sized) for sized in self.sized]
-
-    def _run_layer(self, number: int, plain: Callable, hidden: Tensor, *args, **kwargs) -> Tensor:
-        """Gather, run, scatter: one decoder layer on the positions that it processes.
-
-        Args:
-            number: which layer.
-            plain: the layer's own forward.
-            hidden: (B, S, C), the logical sequence.
-            kwargs: what transformers hands to a layer: attention_mask, position_embeddings (cos, sin), each
-                (B or 1, S, head size), position_ids, past_key_values.
-
-        Returns:
-            (B, S, C): processed positions updated, all others as they came. `select` says which ones are
-            processed (a filler has index S), `_mask` makes the mask and tells the KV cache what will come. In
-            a prefill, a layer in `sized` gets its cache's `bias`: log(size) / scale of what it processes.
-        """
-        now, cache = self._now, kwargs.get("past_key_values")
-        index = now.select(hidden, self.config.prune) if now is not None else None
-        if self.off:
-            known = cache is not None and len(cache.layers) > number
-            self._past.append(stored(cache.layers[number]) if known else 0)
-            output = plain(hidden, *args, **kwargs)
-            self._count(number, cache)
-            return output
-        kwargs["past_key_values"] = cache if cache is not None else self._no_cache
-        store = kwargs["past_key_values"].layers[number]
-        if now is not None:
-            self._past.append(stored(store))
-        store.bias = None
-        if now is not None and self.sized[number]:
-            store.bias = now.sizes[number].log() / self.layout.decoder.layers[number].self_attn.scaling
-        if index is None:
-            kwargs["attention_mask"] = self._mask(hidden, store, real=None)
-            output = plain(hidden, *args, **kwargs)
-        else:
-            B, S, _ = hidden.shape
-            rows = torch.arange(B, device=hidden.device)[:, None]
-            padded = nn.functional.pad(hidden, (0, 0, 0, 1))  # fillers read and write a spare row at the end
-            x = padded[rows, index]  # (B, S, C) -> (B, K, C)
-            kwargs["attention_mask"] = self._mask(x, store, real=index < S if now.ragged() else None)
-            # Rotary positions stay those of the logical sequence. position_ids go: FlashAttention would take
-            # the gaps in them for the seams of several sequences packed into one.
-            at = index.clamp(max=S - 1)
-            cos_sin = (t.to(hidden.device).expand(B, -1, -1) for t in kwargs["position_embeddings"])
-            kwargs |= {"position_embeddings": tuple(t[rows, at] for t in cos_sin), "position_ids": None}
-            padded[rows, index] = plain(x, *args, **kwargs).to(hidden.device)
-            output = padded[:, :S]
-        self._count(number, cache)
-        if cache is None:
-            store.reset()
-        return output
-
-    def _count(self, number: int, cache) -> None:
-        """Note the bytes that a layer's KV cache holds, and what the plain model's would."""
-        if cache is not None:
-            layer, head = cache.layers[number], self.layout.decoder.layers[number].self_attn.head_dim
-            columns, channels = layer.keys.shape[-2:]
-            held = layer.keys.nbytes + layer.values.nbytes
-            self._kv[number] = held, held * head * layer.get_seq_length() // (columns * channels)
-
-    def _mask(self, x: Tensor, store: PrunedLayer, real: Tensor | None) -> Tensor | None:
-        """The attention mask of one layer, as transformers makes it for the physical sequence.
-
-        That sequence is an ordinary causal one: what was stored, then `x`, in logical order. Fillers stand at
-        the end of `x`, where causality hides them from all real positions; so a first prefill needs no mask,
-        even of samples of different lengths. They are masked only once something follows them.
-        """
-        Q, past, fillers_before = x.shape[1], stored(store), store.real is not None
-        store.extend(Q, self._now.S if self._now is not None else Q, real)
-        hide = store.real if fillers_before else None
-        if Q == 1 and hide is None:
-            return None
-        config = self.layout.decoder.config
-        return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
-            batch_size=len(x),
-            q_length=Q,
-            kv_length=past + Q,
-            q_offset=past,
-            kv_offset=0,
-            mask_function=causal_mask_function,
-            attention_mask=hide,
-            allow_is_causal_skip=hide is None,
-            dtype=x.dtype,
-            device=x.device,
-            config=config,
-            use_vmap=False,
-        )
-
-    # -- what happened
-
-    def _latest(self, what):
-        if what is None:
-            raise ValueError("nothing happened yet: call the model with a picture while LUVC is attached")
-        return what
-
-    @property
-    def kept(self) -> list[list[Tensor]]:
-        """`kept[layer][sample]`: the logical positions that a decoder layer processed in the latest prefill.
-
-        1-D int64, ascending, counted from the beginning of the KV cache; padding is not among them.
-        ValueError before the first prefill.
-        """
-        return self._latest(self._prefill).kept("positions")
-
-    @property
-    def sizes(self) -> list[list[Tensor]]:
-        """`sizes[layer][sample]`: how many slots each position of `kept` stands for, 1-D float32; text 1."""
-        return self._latest(self._prefill).kept("sizes")
-
-    @property
-    def groups(self) -> list[Tensor]:
-        """For each picture, tile or frame encoded last: (H * W,) int64, the merged token of each slot.
-
-        ValueError before the first picture.
-        """
-        return [one for token in self._latest(self._grids).token for one in token]
-
-    def report(self) -> Report:
-        """Numbers of the latest prefill, and of the KV cache after the latest forward call; see `Report`.
-
-        Raises:
-            ValueError: there was no prefill yet.
-        """
-        now, layout, vision = self._latest(self._prefill), self.layout, []
-        if self._grids is not None:
-            now_at = [(n, H * W) for n, H, W in self._grids.shapes]
-            for block in range(len(layout.blocks)):
-                if block in self.merges:
-                    steps = [plan[self.merges[block]] for plan in self._grids.plans]
-                    now_at = [(n, h * w) for (n, _), (_, h, w) in zip(now_at, steps, strict=True)]
-                vision.append(sum(n * slots for n, slots in now_at) * layout.unit**2)
-
-        def flops(layer, n, p):
-            weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
-            width = layout.decoder.config.num_attention_heads * layer.self_attn.head_dim
-            return 2 * weights * n + 4 * width * (n * p + n * (n + 1) / 2)
-
-        plain = [text + slots for text, slots in zip(now.texts, now.slots, strict=True)]
-        left = whole = 0.0
-        for layer, visual, past in zip(layout.decoder.layers, now.visual, self._past, strict=True):
-            left += sum(flops(layer, text + v, past) for text, v in zip(now.texts, visual, strict=True))
-            whole += sum(flops(layer, n, now.start) for n in plain)
-        return Report(
-            vision_tokens=vision,
-            visual_tokens=[sum(visual) for visual in now.visual],
-            positions=[sum(visual) + sum(now.texts) for visual in now.visual],
-            visual_full=sum(now.slots),
-            positions_full=sum(plain),
-            kv_bytes=sum(held for held, _ in self._kv.values()),
-            kv_bytes_full=sum(full for _, full in self._kv.values()),
-            flops_left=left / whole,
-        )
-
-
 # ======================================================================================================
-# 5. The command line: one question about one picture, with and without LUVC
+# 7. The command line: one question about one picture, with and without LUVC
 # ======================================================================================================
 
-HERE = Path(__file__).resolve().parent
-EXAMPLE_PROMPT = "what colour is the striped thing?"
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
-def fractions(text: str) -> float | tuple[float, ...]:
-    """What --llm-keep may be: a number, or numbers with commas between them."""
-    numbers = tuple(float(part) for part in text.split(","))
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def check_device(device: str) -> None:
-    """Raises ValueError if there is no such device here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu can") from error
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    default = LUVCConfig()
-    parser = OneLineParser(prog="luvc.py", description="Ask a VLM about a picture, with and without LUVC.")
-    add = parser.add_argument
-    add("--model", default="toy", help="checkpoint folder or hub name (default: the toy beside this file)")
-    add("--image", default=HERE / "toy" / "example.png", help="picture file (default: the toy's example)")
-    add("--prompt", default=EXAMPLE_PROMPT, help="(default: %(default)r)")
-    add("--vision-keep", type=float, default=default.vision_keep, metavar="F", help="as in LUVCConfig")
-    add("--llm-keep", type=fractions, default=default.llm_keep, metavar="F|F,F,...", help="as in LUVCConfig")
-    add("--cutoff", type=float, default=default.cutoff, metavar="F", help="as in LUVCConfig")
-    add("--max-new-tokens", type=int, default=16, metavar="N")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--attn", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
-    add("--json", action="store_true", help="print one JSON object instead")
-    add("--bench", action="store_true", help="measure speed and memory instead: see --bench --help")
-    return parser.parse_args(argv)
+TOY = Path(__file__).resolve().parent / "toy"
 
 
 def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
     """(model, processor) of a checkpoint folder or hub name; only safetensors, never code that comes along.
 
-    Raises:
-        ValueError: a device, an attention or a checkpoint that is not there.
+    Raises: ValueError for a device, an attention or a checkpoint that is not there.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import is_flash_attn_2_available
+    from transformers import AutoModelForImageTextToText, AutoProcessor, utils
 
-    check_device(device)
-    if attn == "flash_attention_2" and not is_flash_attn_2_available():
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu can") from error
+    if attn == "flash_attention_2" and not utils.is_flash_attn_2_available():
         raise ValueError("--attn flash_attention_2: flash-attn is not installed (see requirements.txt)")
-    path = HERE / "toy" if name == "toy" else Path(name)
-    if path.is_dir() and not (path / "config.json").exists():
+    where = TOY if name == "toy" else Path(name)
+    if name == "toy" and not TOY.is_dir():
+        raise ValueError("--model toy: only a checkout of the repository holds it; name another checkpoint")
+    if where.is_dir() and not (where / "config.json").exists():
         raise ValueError(f"--model {name}: the folder holds no checkpoint (no config.json)")
-    where, safe = path if path.is_dir() else name, {"use_safetensors": True, "trust_remote_code": False}
+    where, safe = where if where.is_dir() else name, {"use_safetensors": True, "trust_remote_code": False}
     try:
         processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=dtype, attn_implementation=attn, **safe
-        )
+        make = AutoModelForImageTextToText.from_pretrained
+        return make(where, dtype=dtype, attn_implementation=attn, **safe).to(device).eval(), processor
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"--model {name}: {str(error).strip()}") from error
-    return model.to(device).eval(), processor
 
 
 def encode(processor, picture, prompt: str):
@@ -1466,21 +1086,14 @@ def encode(processor, picture, prompt: str):
 
 
 @torch.inference_mode()
-def time_once(model, inputs, tokens: int = 4) -> tuple[float, float]:
-    """(milliseconds of one prefill, vision encoder included; milliseconds per decoded token), greedy."""
-
-    def now():
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() * 1e3
-
-    start = now()
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
-    prefill, start = now() - start, now()
-    for _ in range(tokens):
-        ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return prefill, (now() - start) / tokens
+def time_prefill(model, inputs) -> float:
+    """Milliseconds of one prefill, vision encoder included."""
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    model(**inputs, use_cache=True, logits_to_keep=1)
+    wait()
+    return (time.perf_counter() - start) * 1e3
 
 
 def ask(args: argparse.Namespace) -> tuple[dict, str]:
@@ -1489,15 +1102,14 @@ def ask(args: argparse.Namespace) -> tuple[dict, str]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # our own lines on stderr say what is going on
+    config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
-    config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep, cutoff=args.cutoff)
     try:
         picture = Image.open(args.image).convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"--image {args.image}: no such file") from error
     except OSError as error:
-        raise ValueError(f"--image {args.image}: not a picture that can be read") from error
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
+        raise ValueError(f"--image {args.image}: {reason}") from error
     print(f"loading {args.model} ...", file=sys.stderr)
     model, processor = load(args.model, args.device, args.dtype, args.attn)
     luvc = LUVC(model, config)
@@ -1507,52 +1119,51 @@ def ask(args: argparse.Namespace) -> tuple[dict, str]:
         out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
         return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    full = answer()
+    full, times = answer(), []
     with luvc:
         less, report = answer(), luvc.report()
     print("timing, plain and LUVC in turns ...", file=sys.stderr)
-    times = []
     for _ in range(9):
-        plain = time_once(model, inputs)
+        plain = time_prefill(model, inputs)
         with luvc:
-            times.append((*plain, *time_once(model, inputs)))
-    # The first two rounds warm up. Columns: prefill and per token, plain and LUVC.
-    medians = (statistics.median(column) for column in zip(*times[2:], strict=True))
-    plain_ms, plain_token, luvc_ms, luvc_token = medians
-    result = {
-        "model": args.model,
-        "prompt": args.prompt,
-        "answer_full": full,
-        "answer_luvc": less,
-        "same_answer": full == less,
-        "vision_tokens": report.vision_tokens,
-        "visual_tokens": report.visual_tokens,
-        "positions": report.positions,
-        "prefill_ms_full": plain_ms,
-        "prefill_ms_luvc": luvc_ms,
-        "speedup": plain_ms / luvc_ms,
-        "kv_bytes_full": report.kv_bytes_full,
-        "kv_bytes_luvc": report.kv_bytes,
-        "flops_left": report.flops_left,
-    }
-    text = (
-        f"{args.prompt}\n  plain: {full}\n  LUVC:  {less}\n\n{report}\n"
-        f"prefill {plain_ms:.1f} -> {luvc_ms:.1f} ms ({plain_ms / luvc_ms:.2f}x), vision encoder included; "
-        f"per decoded token {plain_token:.1f} -> {luvc_token:.1f} ms; {model.device}, {model.dtype}"
-    )
-    return result, text
+            times.append((plain, time_prefill(model, inputs)))
+    slow, fast = (statistics.median(column) for column in zip(*times[2:], strict=True))  # two to warm up
+    result = {"model": args.model, "prompt": args.prompt, "answer_full": full, "answer_luvc": less}
+    result |= {"same_answer": full == less, "vision_tokens": report.vision_tokens}
+    result |= {"visual_tokens": report.visual_tokens, "positions": report.positions}
+    result |= {"prefill_ms_full": slow, "prefill_ms_luvc": fast, "speedup": slow / fast}
+    result |= {"kv_bytes_full": report.kv_bytes_full, "kv_bytes_luvc": report.kv_bytes}
+    text = f"{args.prompt}\n  plain: {full}\n  LUVC:  {less}\n\n{report}\nprefill, vision encoder included: "
+    text += f"{slow:.1f} -> {fast:.1f} ms ({slow / fast:.2f}x); {model.device}, {model.dtype}"
+    return result | {"flops_left": report.flops_left}, text
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 after one line about what was wrong."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if "--bench" in argv:  # has options of its own
-        from toy.bench import main as bench
 
-        argv.remove("--bench")
-        return bench(argv)
+    def fractions(text: str) -> float | tuple[float, ...]:
+        numbers = tuple(float(part) for part in text.split(","))
+        return numbers[0] if len(numbers) == 1 else numbers
+
+    parser = OneLineParser(prog="luvc.py", description="Ask a VLM about a picture, with and without LUVC.")
+    add, default = parser.add_argument, LUVCConfig()
+    add("--model", default="toy", help="checkpoint folder or hub name (default: the toy beside this file)")
+    add("--image", default=TOY / "example.png", help="picture file (default: the toy's example)")
+    add("--prompt", default="what colour is the striped thing?", help="(default: %(default)r)")
+    add("--vision-keep", type=float, default=default.vision_keep, metavar="F", help="as in LUVCConfig")
+    add("--llm-keep", type=fractions, default=default.llm_keep, metavar="F|F,F,...", help="as in LUVCConfig")
+    add("--max-new-tokens", type=int, default=16, metavar="N")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--attn", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
+    add("--json", action="store_true", help="print one JSON object instead")
     try:
-        args = parse_arguments(argv)
+        args = parser.parse_args(argv)
         result, text = ask(args)
     except ValueError as error:
         print(f"luvc.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
