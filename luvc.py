@@ -83,8 +83,8 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
     if not 1 <= keep <= x.shape[axis]:
         raise ValueError(f"keep={keep} must lie in [1, {x.shape[axis]}], the length of axis {axis}")
     if axis == 1:  # along H is along W of the transposed grid
-        x, size, parent = merge_axis(x.transpose(1, 2), size.transpose(1, 2), keep, axis=2)
-        return x.transpose(1, 2), size.transpose(1, 2), parent.transpose(1, 2)
+        merged = merge_axis(x.transpose(1, 2), size.transpose(1, 2), keep, axis=2)
+        return tuple(t.transpose(1, 2) for t in merged)
     B, H, W, C = x.shape
     if keep == W:
         return x, size, torch.arange(W, device=x.device).expand(B, H, W)
@@ -202,9 +202,7 @@ def projection(C: int, channels: int, device: torch.device, dtype: torch.dtype) 
         return (numbers / math.sqrt(channels)).to(device, dtype)
 
 
-def spectral_prune(
-    x: Tensor, keep: int, cutoff: float = 0.5, score: str = "detail", channels: int = 64
-) -> Tensor:
+def spectral_prune(x: Tensor, keep: int, cutoff: float = 0.5, score: str = "detail", channels=64) -> Tensor:
     """Choose the `keep` tokens with the highest spectral score; on a tie the lower index.
 
     Args: x (B, N, C) floating, the visual tokens of a picture in sequence order; keep in [0, N]; cutoff and
@@ -286,23 +284,19 @@ class LUVCConfig:
         if not each or not all(isinstance(f, (int, float)) and 0 <= f <= 1 for f in each):
             raise ValueError(f"llm_keep={self.llm_keep} must be None or in [0, 1]; 1.0 turns the pruner off")
         if any(before < after for before, after in itertools.pairwise(each)):
-            raise ValueError(
-                f"llm_keep={self.llm_keep} rises; a layer cannot process what the one before lost"
-            )
+            raise ValueError(f"llm_keep={self.llm_keep} rises, but a pruned token never comes back")
 
     def fractions(self, layers: int) -> list[float]:
         """`llm_keep` spelled out: the fraction for each of `layers` decoder layers.
 
         Raises: ValueError for a sequence of another length, or a single layer with the linear schedule.
         """
-        if self.llm_keep is None and layers < 2:
-            raise ValueError(f"the linear schedule needs at least 2 layers, not {layers}; set llm_keep")
-        if self.llm_keep is None:
-            return [1 - layer / (layers - 1) for layer in range(layers)]
-        each = list(self.llm_keep) if isinstance(self.llm_keep, tuple) else [float(self.llm_keep)] * layers
-        if len(each) != layers:
-            raise ValueError(f"llm_keep has {len(each)} fractions for {layers} decoder layers")
-        return each
+        each = self.llm_keep if isinstance(self.llm_keep, tuple) else (self.llm_keep,) * layers
+        if len(each) != layers or (self.llm_keep is None and layers < 2):
+            raise ValueError(
+                f"llm_keep={self.llm_keep} does not fit {layers} decoder layers; set one for each"
+            )
+        return [1 - n / (layers - 1) if f is None else float(f) for n, f in enumerate(each)]
 
 
 # ======================================================================================================
@@ -344,9 +338,7 @@ class Prompt:
     Raises: ValueError if a prompt's last position was merged away: it speaks the next word.
     """
 
-    def __init__(
-        self, visual: Tensor, size: Tensor, cache, fractions: list[float], slots: int, frames: list[int]
-    ):
+    def __init__(self, visual: Tensor, size: Tensor, cache, fractions: list[float], slots: int, frames: list):
         self.visual, self.size, self.cache, self.fractions = visual > 0, size, cache, fractions
         self.start = cache.get_seq_length() if cache is not None else 0  # positions seen before this call
         self.layers: list[tuple[Tensor, int]] = []  # per layer so far: sizes (B, S), columns stored before
@@ -421,10 +413,6 @@ class PrunedLayer(DynamicLayer):
         self.seen = 0  # logical length
         self.bias: Tensor | float | None = None  # (B, K): log(size) / scale of the keys that come next
 
-    @property
-    def stored(self) -> int:
-        return self.keys.shape[-2] if self.is_initialized else 0
-
     def get_seq_length(self) -> int:
         return self.seen
 
@@ -440,12 +428,10 @@ class PrunedLayer(DynamicLayer):
             key_states[..., -EXTRA] = bias[:, None].to(key_states.dtype)
         return super().update(key_states, value_states) if self.keeps else (key_states, value_states)
 
-    def reset(self) -> None:
-        super().reset()
-        self.keys, self.values, self.is_initialized, self.seen = None, None, False, 0
-
     def crop(self, *args, **kwargs) -> None:
         raise ValueError("LUVC cannot crop its KV cache, as assisted and prompt-lookup decoding would")
+
+    reset = crop  # nobody resets a dynamic cache; make a new one
 
 
 def sized_attention(module, query, key, value, attention_mask, **kwargs):
@@ -476,7 +462,7 @@ def run_layer(layer: nn.Module, plain: Callable, number: int, config: LUVCConfig
     """
     prompt: Prompt = kwargs.pop("prompt")
     store, device = prompt.cache.layers[number], hidden.device
-    past, store.seen = store.stored, store.seen + prompt.S
+    past, store.seen = store.keys.shape[-2] if store.is_initialized else 0, store.seen + prompt.S
     kwargs |= {"past_key_values": prompt.cache, "attention_mask": None}
     if prompt.S == 1:  # a word that was just generated: it has size 1 and sees all that is stored
         store.bias = 0.0
@@ -542,11 +528,6 @@ class Family:
     deepstack: Sequence[nn.Module] = ()  # projectors of features for the LLM's first layers
     no_merger: str = ""  # why merging is refused
 
-    @property
-    def slots(self) -> int:
-        """Placeholders of one picture or tile; 0: they differ."""
-        return self.prefix_slots + math.prod(self.side) if self.side and not self.no_merger else 0
-
 
 def family_of(model: nn.Module) -> Family:
     """How this model is built; a new family is a new branch here.
@@ -556,10 +537,12 @@ def family_of(model: nn.Module) -> Family:
     config, base = getattr(model, "config", None), getattr(model, "base_model", None)
     kind, vision = getattr(config, "model_type", type(model).__name__), getattr(config, "vision_config", None)
     text = config.get_text_config() if config is not None else None
-    sliding = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
-    kinds = set(getattr(text, "layer_types", None) or sliding) - {"full_attention"}
-    if kinds:
-        raise ValueError(f"{kind!r} has decoder layers of kind {sorted(kinds)}; use full attention only")
+    window = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    layers = set(getattr(text, "layer_types", None) or [window])
+    if layers != {"full_attention"}:
+        raise ValueError(
+            f"{kind!r} has decoder layers of kind {sorted(layers)}; only full attention is supported"
+        )
     if kind in ("llava", "llava_next", "llava_onevision"):
         tower, strategy = vision.model_type, config.vision_feature_select_strategy
         prefix, layer = int(tower == "clip_vision_model"), config.vision_feature_layer
@@ -595,9 +578,7 @@ def family_of(model: nn.Module) -> Family:
             deepstack=getattr(base.visual, "deepstack_merger_list", ()),
         )  # fmt: skip
     else:
-        raise ValueError(
-            f"{kind!r} is not supported; use LLaVA, InternVL, Idefics3, SmolVLM or Qwen2 to 3-VL"
-        )
+        raise ValueError(f"{kind!r} is not supported; use LLaVA, InternVL, Idefics3, SmolVLM or Qwen-VL")
     text = family.decoder.config
     known = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
     if text.model_type not in known:
@@ -618,7 +599,8 @@ class Grids:
 
     def __init__(self, family: Family, config: LUVCConfig, shapes: list[tuple[int, int, int]], device):
         self.family, self.config, self.shapes = family, config, shapes
-        self.plans = [merge_plan(H, W, config.vision_keep, config.vision_steps) for _, H, W in shapes]
+        keep, steps = config.vision_keep, config.vision_steps
+        self.plans = [[(0, H, W), *merge_plan(H, W, keep, steps)] for _, H, W in shapes]  # (axis, H, W)
         self.size = [torch.ones(shape, device=device) for shape in shapes]
         slots = [torch.arange(H * W, device=device).expand(n, -1) for n, H, W in shapes]
         self.place = [(slot // W, slot % W) for slot, (_, _, W) in zip(slots, shapes, strict=True)]
@@ -634,8 +616,9 @@ class Grids:
     def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
         n, h, w = self.size[0].shape
         if x.shape[1] != prefix + h * w * unit**2:
-            want = f"the encoder has {x.shape[1]} tokens where merging leaves {prefix + h * w * unit**2}"
-            raise ValueError(f"{want}; feature layer, strategy and picture size must be those of the config")
+            raise ValueError(
+                f"{x.shape[1]} tokens: feature layer, strategy, picture size must be the config's"
+            )
         x = x[:, prefix:].reshape(n, h, unit, w, unit, -1)
         return [x.transpose(2, 3).reshape(n, h, w, -1)]
 
@@ -653,57 +636,35 @@ class Grids:
         unit, prefix = self.family.unit, self.family.prefix
         grids = self.split(hidden, unit, prefix)
         for i, x in enumerate(grids):
-            axis, *left = self.plans[i][step]
+            axis, *left = self.plans[i][step + 1]
             size, place = self.size[i].to(x.device), tuple(t.to(x.device) for t in self.place[i])
             grids[i], self.size[i], parent = self.config.merge(x, size, left[axis - 1], axis)
             self.place[i] = follow(place, parent, axis)
         self.arrange([tuple(size.shape) for size in self.size])
         return self.join(grids, unit, hidden[:, :prefix])
 
-    def centres(self, i: int) -> tuple[Tensor, Tensor]:
-        """Picture i: (row, column) of each slot, (H * W, 2), and their mean in each token, (n, h * w, 2)."""
-        (n, H, W), token, device = self.shapes[i], self.tokens()[i], self.size[i].device
-        slot = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"), -1)
-        slot = slot.view(-1, 2).to(device, torch.float32)
-        mean, index = slot.new_zeros(n, self.size[i][0].numel(), 2), token[..., None].expand(-1, -1, 2)
-        return slot, mean.scatter_reduce(1, index, slot.expand(n, -1, -1), "mean", include_self=False)
+    def deliver(self, features: Tensor, posts: bool) -> Tensor:
+        """One row per merged token -> one row per slot: that of its token.
 
-    def homes(self, i: int, token: Tensor) -> Tensor:
-        """(n, h * w): which of its own slots, the one nearest its centre, a merged token goes to; ties: the first.
-
-        Of its own, so that no two tokens claim the same: the centre of a bent group can lie outside of it.
+        With `posts`, of a token's slots only its home gets it, the middle one in reading order; the others get
+        a signpost, how far away that is. (DeepStack features are added to what is alive and need none.)
         """
-        slot, centre = self.centres(i)
-        distance = (slot - centre.gather(1, token[..., None].expand(-1, -1, 2))).square().sum(-1)
-        order = distance.argsort(
-            dim=1, stable=True
-        )  # (n, H * W): all slots, the nearest to their centres first
-        first = order.new_full(centre.shape[:2], len(slot)).scatter_reduce(
-            1, token, order.argsort(dim=1), "amin"
-        )
-        return order.gather(1, first)
-
-    def deliver(self, features: Tensor) -> Tensor:
-        """One row per merged token -> one per slot: a token in its home, in others how far away that is."""
-        prefix = self.family.prefix_slots
+        prefix = self.family.prefix_slots if posts else 0
         grids = self.split(features, 1, prefix)
         for i, ((n, H, W), token) in enumerate(zip(self.shapes, self.tokens(), strict=True)):
-            x, home = grids[i].flatten(1, 2), self.homes(i, token)
-            away = home.gather(1, token) - torch.arange(H * W, device=token.device)
-            digits = torch.stack([away // 256, away % 256], -1)  # exact in every floating dtype
-            slots = nn.functional.pad(digits.to(x), (0, x.shape[2] - 2))
-            index = home[..., None].to(x.device)
-            grids[i] = slots.scatter(1, index.expand_as(x), x).view(n, H, W, -1)
-        self.arrange(self.shapes)
+            token, size = token.to(features.device), self.size[i].flatten(1).long().to(features.device)
+            x = grids[i].flatten(1, 2).gather(1, token[..., None].expand(-1, -1, features.shape[-1]))
+            if posts:
+                order = token.argsort(dim=1, stable=True)  # the slots of the first token, then of the second
+                home = order.gather(1, size.cumsum(1) - size + (size - 1) // 2)
+                away = home.gather(1, token) - torch.arange(H * W, device=token.device)
+                digits = torch.stack([away // 256, away % 256], -1)  # exact in every floating dtype
+                post = nn.functional.pad(digits.to(x), (0, x.shape[2] - 2))
+                x = torch.where((away == 0)[..., None], x, post)
+            grids[i] = x.view(n, H, W, -1)
+        if posts:
+            self.arrange(self.shapes)
         return self.join(grids, 1, features[:, :prefix])
-
-    def spread(self, features: Tensor) -> Tensor:
-        """DeepStack: one row per merged token -> one row per slot, each that of its token so far."""
-        grids = self.split(features, 1, 0)
-        for i, ((n, H, W), token) in enumerate(zip(self.shapes, self.tokens(), strict=True)):
-            index = token[..., None].to(features.device).expand(-1, -1, features.shape[-1])
-            grids[i] = grids[i].flatten(1, 2).gather(1, index).view(n, H, W, -1)
-        return self.join(grids, 1, features[:0])
 
 
 class PackedGrids(Grids):
@@ -712,7 +673,7 @@ class PackedGrids(Grids):
 
     def arrange(self, shapes: list[tuple[int, int, int]]) -> None:
         self.order, self.cos_sin = None, None
-        if not any(self.plans):  # nothing is merged: the encoder's own order and positions will do
+        if self.config.vision_keep == 1:  # nothing is merged: the encoder's own order and positions will do
             return
         unit, vision, device = self.family.unit, self.family.vision, self.size[0].device
         frames = [h * w * unit**2 for n, h, w in shapes for _ in range(n)]
@@ -738,8 +699,10 @@ class PackedGrids(Grids):
         """(cos, sin) of the merged tokens: a position is the mean over the patches that were merged."""
         unit, device, at = self.family.unit, hidden.device, []
         corner = torch.cartesian_prod(*[torch.arange(unit, device=device)] * 2).view(-1, 2)
-        for i in range(len(self.shapes)):
-            centre = self.centres(i)[1].to(device)
+        for (n, H, W), size, token in zip(self.shapes, self.size, self.tokens(), strict=True):
+            slot = torch.cartesian_prod(torch.arange(H), torch.arange(W)).view(-1, 2).float().to(device)
+            centre, index = slot.new_zeros(n, size[0].numel(), 2), token[..., None].expand(-1, -1, 2)
+            centre = centre.scatter_reduce(1, index, slot.expand(n, -1, -1), "mean", include_self=False)
             at.append((centre[:, :, None] * unit + corner).flatten(0, 1))  # (slots, corners, 2), in patches
         at = torch.cat(at) if self.order is None else torch.cat(at)[self.order]
         return self.family.vision.rotary_pos_emb(hidden, at.flatten(0, 1))
@@ -816,6 +779,8 @@ class LUVC:
         # Our choice: the merges are spread evenly over the blocks. Block -> step of the plan.
         self.merges = {(step + 1) * family.used_blocks // (steps + 1): step for step in range(steps)}
         self.off = not steps and min(self.fractions) == 1
+        whole = family.side and not family.no_merger
+        self.slots = family.prefix_slots + math.prod(family.side) if whole else 0  # of a picture or tile
         self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
         self._grids: Grids | None = None  # the latest pictures in the encoder
         self._prompt: Prompt | None = None  # the latest prefill
@@ -827,17 +792,18 @@ class LUVC:
             raise ValueError("a LUVC is attached to this model already; detach() it first")
         if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules()):
             raise ValueError("the model is compiled; LUVC's hooks need eager mode: use the model from before")
-        family.decoder._luvc, handles = self, []
+        family.decoder._luvc = self
         hooks = [(family.base, self._before_base), (family.decoder, self._before_decoder)]
         hooks.append((family.vision, self._before_vision))
         for number in range(min(self.merges, default=family.used_blocks), family.used_blocks):
             hooks.append((family.blocks[number], functools.partial(self._before_block, number)))
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
         if self.merges:
-            handles.append(family.projector.register_forward_hook(lambda *a: GRIDS.get().deliver(a[-1])))
-            handles += [
-                m.register_forward_hook(lambda *a: GRIDS.get().spread(a[-1])) for m in family.deepstack
-            ]
+            for module in (family.projector, *family.deepstack):
+                posts = module is family.projector
+                handles.append(
+                    module.register_forward_hook(lambda *a, p=posts: GRIDS.get().deliver(a[-1], p))
+                )
         # What torch.compile made of the model before does not see hooks, but it does see another forward.
         self._undo.append(replace_forward(family.base, torch.compiler.disable(family.base.forward)))
         if not self.off:
@@ -922,7 +888,7 @@ class LUVC:
             if getattr(mask, "ndim", 0) == 2:
                 size = size * (mask[:, -S:].to(device) != 0)
         frames = [] if clips is None else clips[:, 0].tolist()
-        prompt = Prompt(visual, size, cache, self.fractions, self.family.slots, frames)
+        prompt = Prompt(visual, size, cache, self.fractions, self.slots, frames)
         if not self.off:
             return args, kwargs | {"prompt": prompt}
         prompt.layers = [(size, prompt.start)] * len(self.fractions)
@@ -934,13 +900,10 @@ class LUVC:
         keeps = cache is not None or (config.use_cache if use_cache is None else use_cache)
         cache = DynamicCache(config=config) if cache is None else cache
         kwargs |= {"past_key_values": cache} if keeps else {}
-        if not cache.layers or not all(isinstance(layer, PrunedLayer) for layer in cache.layers):
-            if not isinstance(cache, DynamicCache) or {type(layer) for layer in cache.layers} - {
-                DynamicLayer
-            }:
-                raise ValueError(
-                    f"a {type(cache).__name__} is not supported; use a DynamicCache, the default"
-                )
+        kinds = {type(layer) for layer in cache.layers} if isinstance(cache, DynamicCache) else {type(cache)}
+        if kinds - {DynamicLayer, PrunedLayer}:
+            raise ValueError(f"a {type(cache).__name__} is not supported; use a DynamicCache, the default")
+        if kinds != {PrunedLayer}:
             if cache.get_seq_length():
                 raise ValueError("this KV cache was filled without LUVC; begin anew with LUVC attached")
             cache.layers = [PrunedLayer(keeps) for _ in self.fractions]
@@ -1003,32 +966,25 @@ class Report:
 
     @staticmethod
     def of(prompt: Prompt, luvc: LUVC) -> "Report":
-        """The report of a prefill: index 0 in `flops` and `kv` is LUVC's, 1 the plain model's."""
-        family, grids, vision, flops, kv = luvc.family, luvc._grids, [], [0.0, 0.0], [0, 0]
-        sizes, visual, config = (
-            [size.cpu() for size, _ in prompt.layers],
-            prompt.visual.cpu(),
-            family.decoder.config,
-        )
-        plain, itemsize = visual | (sizes[0] > 0), family.decoder.get_input_embeddings().weight.element_size()
+        """The report of a prefill: index 0 of `flops` and `kv` is LUVC's, 1 the plain model's."""
+        family, config, flops, kv, vision = luvc.family, luvc.family.decoder.config, [0.0, 0.0], [0, 0], []
+        sizes, visual = [size.cpu() for size, _ in prompt.layers], prompt.visual.cpu()
+        plain, extra = visual | (sizes[0] > 0), 0 if luvc.off else EXTRA
         for layer, size, (_, past) in zip(family.decoder.layers, sizes, prompt.layers, strict=True):
             weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
-            head, extra = layer.self_attn.head_dim, 0 if luvc.off else EXTRA
-            for i, (here, p, channels) in enumerate(
-                [(size > 0, past, head + extra), (plain, prompt.start, head)]
-            ):
+            head = layer.self_attn.head_dim
+            for i, (here, p) in enumerate([(size > 0, past), (plain, prompt.start)]):
                 n, width = here.sum(1).double(), config.num_attention_heads * head
                 flops[i] += (2 * weights * n + 4 * width * (n * p + n * (n + 1) / 2)).sum().item()
-                columns = len(n) * (p + (int(n.max()) if i == 0 else prompt.S))
-                kv[i] += 2 * config.num_key_value_heads * columns * channels * itemsize
-        for block in range(len(family.blocks) if grids is not None else 0):
+                columns = len(n) * (p + int(n.max()))
+                kv[i] += 2 * columns * config.num_key_value_heads * (head if i else head + extra)
+        pictures = list(zip(luvc._grids.shapes, luvc._grids.plans, strict=True)) if luvc._grids else []
+        for block in range(len(family.blocks) if pictures else 0):
             step = sum(merge <= block for merge in luvc.merges)  # merges so far
-            grid = [
-                (n, *[(2, H, W), *plan][step][1:])
-                for (n, H, W), plan in zip(grids.shapes, grids.plans, strict=True)
-            ]
-            vision.append(sum(map(math.prod, grid)) * family.unit**2)
+            slots = sum(n * math.prod(plan[step][1:]) for (n, _, _), plan in pictures)
+            vision.append(slots * family.unit**2)
         left, positions = [int(((s > 0) & visual).sum()) for s in sizes], [int((s > 0).sum()) for s in sizes]
+        kv = [number * family.decoder.get_input_embeddings().weight.element_size() for number in kv]
         return Report(vision, left, positions, int(visual.sum()), int(plain.sum()), *kv, flops[0] / flops[1])
 
     def __str__(self) -> str:
@@ -1053,27 +1009,19 @@ def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
 
     Raises: ValueError for a device, an attention or a checkpoint that is not there.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, utils
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such name, or no such hardware
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu can") from error
-    if attn == "flash_attention_2" and not utils.is_flash_attn_2_available():
-        raise ValueError("--attn flash_attention_2: flash-attn is not installed (see requirements.txt)")
-    where = TOY if name == "toy" else Path(name)
     if name == "toy" and not TOY.is_dir():
         raise ValueError("--model toy: only a checkout of the repository holds it; name another checkpoint")
-    if where.is_dir() and not (where / "config.json").exists():
-        raise ValueError(f"--model {name}: the folder holds no checkpoint (no config.json)")
-    where, safe = where if where.is_dir() else name, {"use_safetensors": True, "trust_remote_code": False}
+    where, safe = TOY if name == "toy" else name, {"use_safetensors": True, "trust_remote_code": False}
     try:
+        torch.empty(0, device=device)
         processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
         make = AutoModelForImageTextToText.from_pretrained
         return make(where, dtype=dtype, attn_implementation=attn, **safe).to(device).eval(), processor
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"--model {name}: {str(error).strip()}") from error
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
+        reason, given = str(error).strip().splitlines()[0], f"--model {name} --device {device} --attn {attn}"
+        raise ValueError(f"{given}: {reason} (the toy, cpu and sdpa work everywhere)") from error
 
 
 def encode(processor, picture, prompt: str):
@@ -1085,57 +1033,47 @@ def encode(processor, picture, prompt: str):
     return processor(images=picture, text=text, return_tensors="pt")
 
 
-@torch.inference_mode()
-def time_prefill(model, inputs) -> float:
-    """Milliseconds of one prefill, vision encoder included."""
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    model(**inputs, use_cache=True, logits_to_keep=1)
-    wait()
-    return (time.perf_counter() - start) * 1e3
-
-
-def ask(args: argparse.Namespace) -> tuple[dict, str]:
-    """One question with and without LUVC: (the object that --json prints, the same as text)."""
+def ask(args: argparse.Namespace) -> str:
+    """One question with and without LUVC: what is printed."""
     from PIL import Image
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # our own lines on stderr say what is going on
+    logging.disable_progress_bar()  # errors come in one line
     config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep)
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
     try:
         picture = Image.open(args.image).convert("RGB")
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that can be read"
-        raise ValueError(f"--image {args.image}: {reason}") from error
-    print(f"loading {args.model} ...", file=sys.stderr)
+    except OSError as error:  # no such file, or no picture
+        raise ValueError(f"--image {args.image}: {error}") from error
     model, processor = load(args.model, args.device, args.dtype, args.attn)
-    luvc = LUVC(model, config)
-    inputs = encode(processor, picture, args.prompt).to(model.device, model.dtype)
+    luvc, inputs = LUVC(model, config), encode(processor, picture, args.prompt).to(model.device, model.dtype)
 
-    def answer():
+    def answer() -> str:
         out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
         return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    @torch.inference_mode()
+    def prefill() -> float:
+        start = time.perf_counter()
+        model(**inputs, use_cache=True, logits_to_keep=1).logits.sum().item()  # waits for the device
+        return (time.perf_counter() - start) * 1e3
 
     full, times = answer(), []
     with luvc:
         less, report = answer(), luvc.report()
-    print("timing, plain and LUVC in turns ...", file=sys.stderr)
-    for _ in range(9):
-        plain = time_prefill(model, inputs)
+    for _ in range(9):  # in turns: machines are noisy
+        plain = prefill()
         with luvc:
-            times.append((plain, time_prefill(model, inputs)))
+            times.append((plain, prefill()))
     slow, fast = (statistics.median(column) for column in zip(*times[2:], strict=True))  # two to warm up
     result = {"model": args.model, "prompt": args.prompt, "answer_full": full, "answer_luvc": less}
     result |= {"same_answer": full == less, "vision_tokens": report.vision_tokens}
     result |= {"visual_tokens": report.visual_tokens, "positions": report.positions}
     result |= {"prefill_ms_full": slow, "prefill_ms_luvc": fast, "speedup": slow / fast}
     result |= {"kv_bytes_full": report.kv_bytes_full, "kv_bytes_luvc": report.kv_bytes}
+    result |= {"flops_left": report.flops_left}
     text = f"{args.prompt}\n  plain: {full}\n  LUVC:  {less}\n\n{report}\nprefill, vision encoder included: "
     text += f"{slow:.1f} -> {fast:.1f} ms ({slow / fast:.2f}x); {model.device}, {model.dtype}"
-    return result | {"flops_left": report.flops_left}, text
+    return json.dumps(result) if args.json else text
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1163,12 +1101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--attn", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
     add("--json", action="store_true", help="print one JSON object instead")
     try:
-        args = parser.parse_args(argv)
-        result, text = ask(args)
+        print(ask(parser.parse_args(argv)))
     except ValueError as error:
         print(f"luvc.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if args.json else text)
     return 0
 
 
