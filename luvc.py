@@ -18,17 +18,17 @@ there: that is what pruned tokens and padding are. So the sizes of a picture add
 until the picture is gone, and one array of sizes says all there is to know about a layer.
 
 How to read. 1 merging, 2 pruning: pure functions, torch only, made to be copied. 3 the settings. 4 pruning
-inside an LLM: after it, before half of the file, you know the method. 5 merging inside the encoders of several
-families of models. 6 hooks in, hooks out. 7 the command line.
+inside an LLM: after it, before half of the file, you know the method. 5 merging inside the encoders of
+several families of models. 6 hooks in, hooks out. 7 the command line.
 
     B   batch                            N   visual tokens of one picture
     H W token grid of one picture        K   tokens kept
     C   channels                         S   sequence length of one forward call of the LLM
 
-Only the paper's abstract and summaries were available to us: what it states and what we choose is README's
-"ledger". A choice is marked `Our choice` where it is made. Not done here, and refused with an error that says
-so: other families, static or quantised KV caches, sliding windows, linear attention, cropping the cache
-(assisted decoding), gradient checkpointing, 4-D attention masks.
+Only the paper's abstract and summaries were available: what it states and what we choose is README's ledger,
+and `Our choice` marks where a choice is made. Not done here, and refused with an error that says so: other
+families, static or quantised KV caches, sliding windows, linear attention, cropping the cache (assisted
+decoding), gradient checkpointing, 4-D attention masks.
 """
 
 import argparse
@@ -48,9 +48,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# ======================================================================================================
-# 1. Merging: the Orthogonal Iterative Merger
-# ======================================================================================================
+# ==== 1. Merging: the Orthogonal Iterative Merger ===========================================================
 
 
 def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,8 +74,8 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
     Source: merging iteratively, orthogonally in the spatial axes, is the paper's; this rule is our choice.
     """
     if x.ndim != 4 or not x.is_floating_point() or size.shape != x.shape[:3]:
-        got = f"x {tuple(x.shape)}, {x.dtype} and size {tuple(size.shape)}"
-        raise ValueError(f"{got} must be (B, H, W, C), floating, and (B, H, W)")
+        got = f"x {tuple(x.shape)}, {x.dtype}, size {tuple(size.shape)}"
+        raise ValueError(f"{got}: they must be (B, H, W, C), floating, and (B, H, W)")
     if axis not in (1, 2):
         raise ValueError(f"axis={axis} must be 1 (merge along H) or 2 (merge along W)")
     if not 1 <= keep <= x.shape[axis]:
@@ -147,9 +145,7 @@ def follow(place: tuple[Tensor, Tensor], parent: Tensor, axis: int) -> tuple[Ten
     return (moved, place[1]) if axis == 1 else (place[0], moved)
 
 
-# ======================================================================================================
-# 2. Pruning: the Spectrum Pruning Unit
-# ======================================================================================================
+# ==== 2. Pruning: the Spectrum Pruning Unit =================================================================
 
 
 def low_pass(x: Tensor, cutoff: float, dim: int = 1) -> Tensor:
@@ -207,7 +203,7 @@ def spectral_prune(x: Tensor, keep: int, cutoff: float = 0.5, score: str = "deta
 
     Args: x (B, N, C) floating, the visual tokens of a picture in sequence order; keep in [0, N]; cutoff and
         score as for `spectral_score`; channels: wider tokens are scored in a random projection to so many.
-    Returns: (B, keep) int64, ascending. Raises: ValueError for `keep` out of range, and what the score raises.
+    Returns: (B, keep) int64, ascending. Raises: ValueError, for `keep` out of range or as the score does.
     Source: the paper's unit; norm 1, projection and ties are our choice.
     """
     if x.ndim != 3 or not 0 <= keep <= x.shape[1]:
@@ -237,9 +233,7 @@ def inherit(size: Tensor, kept: Tensor) -> Tensor:
     return size.new_zeros(kept.shape).scatter_add_(1, heir, size)
 
 
-# ======================================================================================================
-# 3. Settings
-# ======================================================================================================
+# ==== 3. Settings ===========================================================================================
 
 
 @dataclass(frozen=True)
@@ -251,23 +245,18 @@ class LUVCConfig:
 
     vision_keep: float = 0.5625
     """Fraction of the grid that leaves the encoder, in (0, 1]; 24 x 24 become 18 x 18. 1.0: merger off."""
-
     vision_steps: int = 2
     """Merges inside the encoder, along W, H, W, ..., spread evenly over its blocks; at most one per block."""
-
     llm_keep: float | Sequence[float] | None = None
     """Fraction of a picture's tokens that each decoder layer processes, of what the encoder delivered, in
     [0, 1]: one for all layers, or one per layer, never rising. None: linear, from 1 to 0. 1.0: pruner off."""
-
     sizes: bool = True
     """Does a token weigh in the LLM's attention by what it stands for? False: all tokens weigh the same."""
-
     merge: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]] = merge_axis
     """The function that merges along one axis: the contract is that of `merge_axis`."""
-
     prune: Callable[[Tensor, int], Tensor] = spectral_prune
-    """The function that chooses: (tokens (B, N, C), keep) -> positions (B, keep), ascending. For ablations, say
-    `functools.partial(spectral_prune, cutoff=0.25)`, and for ideas of your own."""
+    """The function that chooses: (tokens (B, N, C), keep) -> positions (B, keep), ascending. For ablations,
+    say `functools.partial(spectral_prune, cutoff=0.25)`, and for ideas of your own."""
 
     def __post_init__(self):
         if not 0 < self.vision_keep <= 1:
@@ -293,15 +282,11 @@ class LUVCConfig:
         """
         each = self.llm_keep if isinstance(self.llm_keep, tuple) else (self.llm_keep,) * layers
         if len(each) != layers or (self.llm_keep is None and layers < 2):
-            raise ValueError(
-                f"llm_keep={self.llm_keep} does not fit {layers} decoder layers; set one for each"
-            )
+            raise ValueError(f"llm_keep={self.llm_keep} does not fit {layers} decoder layers: one for each")
         return [1 - n / (layers - 1) if f is None else float(f) for n, f in enumerate(each)]
 
 
-# ======================================================================================================
-# 4. Pruning inside an LLM
-# ======================================================================================================
+# ==== 4. Pruning inside an LLM ==============================================================================
 #
 # One idea keeps this small: *logical* and *physical* sequence. Everything outside the layers keeps seeing the
 # logical sequence: input_ids, attention mask, position ids, logits, cache length, hidden_states. A decoder
@@ -313,8 +298,8 @@ class LUVCConfig:
 #     layer 5   | t t v . v . . v v . t t t |      what the layer computes is a shorter causal sequence;
 #     last one  | t t . . . . . . . . t t t |      rotary positions are those of the logical sequence
 #
-# The samples of a batch may differ in how many positions they process. Shorter ones are filled up with
-# positions of size 0, which no query sees. So there is no mask, and flash kernels run, in any batch.
+# Samples of a batch may differ in how many positions they process. Shorter ones are filled up with positions
+# of size 0, which no query sees: there is no mask beyond the causal one, and flash kernels run, in any batch.
 
 from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function  # noqa: E402
@@ -495,15 +480,13 @@ def causal_mask(config, x: Tensor, past: int) -> Tensor | None:
     return make(batch_size=len(x), q_length=K, kv_length=past + K, use_vmap=False, **more)
 
 
-# ======================================================================================================
-# 5. Merging inside a vision encoder
-# ======================================================================================================
+# ==== 5. Merging inside a vision encoder ====================================================================
 #
 # The LLM expects one feature for each placeholder, a *slot* of the prompt, and computes positions from that.
-# So slots stay as many as they are. A merged token goes to one of the slots that it stands for, its *home*; the
-# others are *dead*: no layer ever processes them, their size is 0. Instead of a feature a dead slot says how
-# far away home is. Not kept in a list somewhere, because features travel: `generate` computes them ahead, and
-# repeats them for beams.
+# So slots stay as many as they are. A merged token goes to one of the slots that it stands for, its *home*;
+# the others are *dead*: no layer ever processes them, their size is 0. Instead of a feature a dead slot holds
+# a signpost, how far away home is. Not a list kept somewhere, because features travel: `generate` computes
+# them ahead, and repeats them for beams.
 #
 # Many encoders make one slot of unit x unit patches. The merger merges whole slots, each patch with the patch
 # in the same corner of the neighbour: grids stay even, and equal slots merge into what each of them was.
@@ -646,8 +629,8 @@ class Grids:
     def deliver(self, features: Tensor, posts: bool) -> Tensor:
         """One row per merged token -> one row per slot: that of its token.
 
-        With `posts`, of a token's slots only its home gets it, the middle one in reading order; the others get
-        a signpost, how far away that is. (DeepStack features are added to what is alive and need none.)
+        With `posts`, of a token's slots only its home gets it, the middle one in reading order; the others
+        get a signpost. (DeepStack features are added to what is alive and need none.)
         """
         prefix = self.family.prefix_slots if posts else 0
         grids = self.split(features, 1, prefix)
@@ -728,9 +711,7 @@ def read_sizes(embeds: Tensor, visual: Tensor) -> Tensor:
     return torch.zeros_like(away).scatter_add_(1, home, torch.ones_like(away))
 
 
-# ======================================================================================================
-# 6. Hooks in, hooks out
-# ======================================================================================================
+# ==== 6. Hooks in, hooks out ================================================================================
 #
 # What one part of the model has to tell another within a call waits in these. A context variable has a value
 # of its own in every thread, so several threads can use one attached model at the same time.
@@ -895,7 +876,7 @@ class LUVC:
         self._after_decoder(module, args, {"prompt": prompt}, None)
 
     def _adopt(self, cache, config, kwargs: dict) -> DynamicCache:
-        """The call's KV cache, whose layers count logical positions from now on; the caller's object stays."""
+        """The call's KV cache: the caller's object, whose layers count logical positions from now on."""
         use_cache = kwargs.get("use_cache")
         keeps = cache is not None or (config.use_cache if use_cache is None else use_cache)
         cache = DynamicCache(config=config) if cache is None else cache
@@ -997,9 +978,7 @@ class Report:
         return "\n".join([*lines, f"LLM prefill FLOPs left {self.flops_left:.1%}"])
 
 
-# ======================================================================================================
-# 7. The command line: one question about one picture, with and without LUVC
-# ======================================================================================================
+# ==== 7. The command line: one question about one picture, with and without LUVC ============================
 
 TOY = Path(__file__).resolve().parent / "toy"
 
