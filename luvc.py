@@ -500,8 +500,8 @@ class Family:
     base: nn.Module  # its forward sees input_ids
     decoder: nn.Module  # the LLM without its head
     vision: nn.Module  # the vision encoder
-    blocks: Sequence[nn.Module]  # of the vision encoder
     projector: nn.Module  # encoder channels -> LLM channels, one row per slot
+    blocks: Sequence[nn.Module]  # of the vision encoder
     used_blocks: int  # how many blocks run before the features are taken
     side: tuple[int, int] | None = None  # slots of a picture or tile, H and W; None: `grid_thw` says it
     unit: int = 1  # a slot is unit x unit patches
@@ -534,34 +534,32 @@ def family_of(model: nn.Module) -> Family:
         layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
         if not isinstance(layer, int):
             raise ValueError(f"vision_feature_layer={layer} must be a single layer")
+        parts = base.language_model, base.vision_tower, base.multi_modal_projector
         blocks = getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers
-        family = Family(
-            base, base.language_model, base.vision_tower, blocks, base.multi_modal_projector,
-            used_blocks=layer % (len(blocks) + 1), side=(vision.image_size // vision.patch_size,) * 2,
-            prefix=prefix, prefix_slots=prefix * (strategy == "full"),
-            no_merger="" if kind == "llava" else "it crops or rearranges its tiles after the projector",
-        )  # fmt: skip
+        more = {
+            "used_blocks": layer % (len(blocks) + 1),
+            "side": (vision.image_size // vision.patch_size,) * 2,
+        }
+        more |= {"prefix": prefix, "prefix_slots": prefix * (strategy == "full")}
+        more |= {"no_merger": "" if kind == "llava" else "it crops or rearranges tiles after the projector"}
     elif kind == "internvl":  # a pixel shuffle makes a slot of 2 x 2 patches, and takes the grid for a square
+        parts = base.language_model, base.vision_tower, base.multi_modal_projector
         blocks, unit = base.vision_tower.encoder.layer, round(1 / config.downsample_ratio)
-        family = Family(
-            base, base.language_model, base.vision_tower, blocks, base.multi_modal_projector,
-            used_blocks=config.vision_feature_layer % (len(blocks) + 1), unit=unit, prefix=1,
-            side=tuple(s // p // unit for s, p in zip(vision.image_size, vision.patch_size, strict=True)),
-        )  # fmt: skip
+        side = tuple(s // p // unit for s, p in zip(vision.image_size, vision.patch_size, strict=True))
+        used_blocks = config.vision_feature_layer % (len(blocks) + 1)
+        more = {"used_blocks": used_blocks, "side": side, "unit": unit, "prefix": 1}
     elif kind in ("idefics3", "smolvlm"):
+        parts = base.text_model, base.vision_model, base.connector
         blocks, unit = base.vision_model.encoder.layers, config.scale_factor
-        family = Family(
-            base, base.text_model, base.vision_model, blocks, base.connector,
-            used_blocks=len(blocks), unit=unit, side=(vision.image_size // vision.patch_size // unit,) * 2,
-        )  # fmt: skip
+        side = (vision.image_size // vision.patch_size // unit,) * 2
+        more = {"used_blocks": len(blocks), "side": side, "unit": unit}
     elif kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        family = Family(
-            base, base.language_model, base.visual, base.visual.blocks, base.visual.merger,
-            used_blocks=len(base.visual.blocks), unit=vision.spatial_merge_size, clips=kind != "qwen3_vl",
-            deepstack=getattr(base.visual, "deepstack_merger_list", ()),
-        )  # fmt: skip
+        parts, blocks = (base.language_model, base.visual, base.visual.merger), base.visual.blocks
+        more = {"used_blocks": len(blocks), "unit": vision.spatial_merge_size, "clips": kind != "qwen3_vl"}
+        more |= {"deepstack": getattr(base.visual, "deepstack_merger_list", ())}
     else:
         raise ValueError(f"{kind!r} is not supported; use LLaVA, InternVL, Idefics3, SmolVLM or Qwen-VL")
+    family = Family(base, *parts, blocks, **more)
     text = family.decoder.config
     known = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
     if text.model_type not in known:
