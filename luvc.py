@@ -654,8 +654,6 @@ class PackedGrids(Grids):
 
     def arrange(self, shapes: list[tuple[int, int, int]]) -> None:
         self.order, self.cos_sin = None, None
-        if self.config.vision_keep == 1:  # nothing is merged: the encoder's own order and positions will do
-            return
         unit, vision, device = self.family.unit, self.family.vision, self.size[0].device
         frames = [h * w * unit**2 for n, h, w in shapes for _ in range(n)]
         ends = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32, device=device)
@@ -772,8 +770,9 @@ class LUVC:
         if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules()):
             raise ValueError("the model is compiled; LUVC's hooks need eager mode: use the model from before")
         family.decoder._luvc = self
-        hooks = [(family.base, self._before_base), (family.decoder, self._before_decoder)]
-        hooks.append((family.vision, self._before_vision))
+        self._undo.append(functools.partial(delattr, family.decoder, "_luvc"))
+        hooks = [(family.base, self._before_base), (family.vision, self._before_vision)]
+        hooks.append((family.decoder, self._before_decoder))
         for number in range(min(self.merges, default=family.used_blocks), family.used_blocks):
             hooks.append((family.blocks[number], functools.partial(self._before_block, number)))
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
@@ -808,11 +807,8 @@ class LUVC:
         for undo in self._undo:
             undo()
         self._undo = []
-        if getattr(self.family.decoder, "_luvc", None) is self:
-            del self.family.decoder._luvc
 
-    def __enter__(self) -> "LUVC":
-        return self.attach()
+    __enter__ = attach
 
     def __exit__(self, *exception) -> None:
         self.detach()
@@ -820,14 +816,13 @@ class LUVC:
     def _before_vision(self, module, args, kwargs):
         family, unit = self.family, self.family.unit
         pixels = args[0] if args else kwargs["pixel_values"]
-        if family.side:
-            grids = Grids(family, self.config, [(len(pixels), *family.side)], pixels.device)
-        else:
+        shapes = [(len(pixels), *family.side)] if family.side else []
+        if not family.side:
             thw = args[1] if len(args) > 1 else kwargs["grid_thw"]
             shapes = [(t, h // unit, w // unit) for t, h, w in thw.tolist()]
-            grids = PackedGrids(family, self.config, shapes, pixels.device)
-        self._grids = grids
-        GRIDS.set(grids)
+        packed = self.merges and not family.side  # nothing merged: the encoder's own order will do
+        grids = (PackedGrids if packed else Grids)(family, self.config, shapes, pixels.device)
+        self._grids, _ = grids, GRIDS.set(grids)
 
     def _before_block(self, number, module, args, kwargs):
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
@@ -945,26 +940,35 @@ class Report:
 
     @staticmethod
     def of(prompt: Prompt, luvc: LUVC) -> "Report":
-        """The report of a prefill: index 0 of `flops` and `kv` is LUVC's, 1 the plain model's."""
-        family, config, flops, kv, vision = luvc.family, luvc.family.decoder.config, [0.0, 0.0], [0, 0], []
-        sizes, visual = [size.cpu() for size, _ in prompt.layers], prompt.visual.cpu()
-        plain, extra = visual | (sizes[0] > 0), 0 if luvc.off else EXTRA
-        for layer, size, (_, past) in zip(family.decoder.layers, sizes, prompt.layers, strict=True):
-            weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
-            head = layer.self_attn.head_dim
-            for i, (here, p) in enumerate([(size > 0, past), (plain, prompt.start)]):
-                n, width = here.sum(1).double(), config.num_attention_heads * head
-                flops[i] += (2 * weights * n + 4 * width * (n * p + n * (n + 1) / 2)).sum().item()
-                columns = len(n) * (p + int(n.max()))
-                kv[i] += 2 * columns * config.num_key_value_heads * (head if i else head + extra)
+        """The report of a prefill of `luvc`."""
+        family, config, vision = luvc.family, luvc.family.decoder.config, []
+        size = torch.stack([size.cpu() for size, _ in prompt.layers])  # (layers, B, S)
+        here, visual = size > 0, prompt.visual.cpu()
+        past = torch.tensor([[stored] for _, stored in prompt.layers], dtype=torch.double)
+        layer, itemsize = (
+            family.decoder.layers[0],
+            family.decoder.get_input_embeddings().weight.element_size(),
+        )
+        weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+        head = layer.self_attn.head_dim
+
+        def cost(here: Tensor, p: Tensor, channels: int) -> tuple[float, int]:
+            """FLOPs of all layers, and bytes of their KV caches, with `channels` for each key and value."""
+            n, width = here.sum(-1).double(), config.num_attention_heads * head
+            columns = len(visual) * int((p[:, 0] + n.amax(1)).sum())
+            flops = (2 * weights * n + 4 * width * (n * p + n * (n + 1) / 2)).sum().item()
+            return flops, 2 * config.num_key_value_heads * columns * channels * itemsize
+
+        plain = (visual | here[0]).expand_as(here)
+        left, kv = cost(here, past, head if luvc.off else head + EXTRA)
+        whole, kv_full = cost(plain, torch.full_like(past, prompt.start), head)
         pictures = list(zip(luvc._grids.shapes, luvc._grids.plans, strict=True)) if luvc._grids else []
         for block in range(len(family.blocks) if pictures else 0):
             step = sum(merge <= block for merge in luvc.merges)  # merges so far
             slots = sum(n * math.prod(plan[step][1:]) for (n, _, _), plan in pictures)
             vision.append(slots * family.unit**2)
-        left, positions = [int(((s > 0) & visual).sum()) for s in sizes], [int((s > 0).sum()) for s in sizes]
-        kv = [number * family.decoder.get_input_embeddings().weight.element_size() for number in kv]
-        return Report(vision, left, positions, int(visual.sum()), int(plain.sum()), *kv, flops[0] / flops[1])
+        per_layer = (here & visual).sum((1, 2)).tolist(), here.sum((1, 2)).tolist()
+        return Report(vision, *per_layer, int(visual.sum()), int(plain[0].sum()), kv, kv_full, left / whole)
 
     def __str__(self) -> str:
         plain = f"{self.visual_full} and {self.positions_full}"
