@@ -716,11 +716,18 @@ CALL: ContextVar = ContextVar("luvc_call", default=(None, None))  # base -> deco
 GRIDS: ContextVar = ContextVar("luvc_grids", default=None)  # vision encoder -> its blocks and projectors
 
 
-def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
-    """Give a module another forward. Returns the function that takes it back."""
-    own = module.__dict__.get("forward")  # accelerate, too, gives modules forwards of their own
-    module.forward = forward
-    return lambda: setattr(module, "forward", own) if own is not None else delattr(module, "forward")
+EAGER = (
+    "LUVC needs eager mode: compile or export a model without it (model.compile(): restart from a new one)"
+)
+
+
+def refuse(plain: Callable | None, *args, **kwargs):
+    """Stands in for ways to generate that would fail in silence, or cut pictures in two."""
+    if plain is None or args[1].prefill_chunk_size is not None:
+        raise ValueError(
+            "LUVC has no continuous batching and no prefill_chunk_size; use generate(), or detach()"
+        )
+    return plain(*args, **kwargs)
 
 
 class LUVC:
@@ -743,6 +750,7 @@ class LUVC:
     """
 
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
         self.model, self.config, self.family = model, config, family_of(model)
         family, steps = self.family, config.vision_steps if config.vision_keep < 1 else 0
         self.fractions = config.fractions(len(family.decoder.layers))
@@ -758,7 +766,7 @@ class LUVC:
         self.off = not steps and min(self.fractions) == 1
         whole = family.side and not family.no_merger
         self.slots = family.prefix_slots + math.prod(family.side) if whole else 0  # of a picture or tile
-        self._undo: list[Callable[[], None]] = []  # how to take the hooks out again
+        self._handles, self._replaced = [], []  # how to take the hooks out again
         self._grids: Grids | None = None  # the latest pictures in the encoder
         self._prompt: Prompt | None = None  # the latest prefill
 
@@ -768,45 +776,56 @@ class LUVC:
         if getattr(family.decoder, "_luvc", None) is not None:
             raise ValueError("a LUVC is attached to this model already; detach() it first")
         if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules()):
-            raise ValueError("the model is compiled; LUVC's hooks need eager mode: use the model from before")
-        family.decoder._luvc = self
-        self._undo.append(functools.partial(delattr, family.decoder, "_luvc"))
-        hooks = [(family.base, self._before_base), (family.vision, self._before_vision)]
-        hooks.append((family.decoder, self._before_decoder))
+            raise ValueError(f"the model is compiled. {EAGER}")
+        self._replace(family.decoder, "_luvc", self)
+        hooks = [(family.base, torch.compiler.disable(self._before_base, reason=EAGER))]
+        hooks += [(family.vision, self._before_vision), (family.decoder, self._before_decoder)]
         for number in range(min(self.merges, default=family.used_blocks), family.used_blocks):
             hooks.append((family.blocks[number], functools.partial(self._before_block, number)))
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-        if self.merges:
-            for module in (family.projector, *family.deepstack):
-                posts = module is family.projector
-                handles.append(
-                    module.register_forward_hook(lambda *a, p=posts: GRIDS.get().deliver(a[-1], p))
-                )
+        self._handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+        for module in (family.projector, *family.deepstack) if self.merges else ():
+            hook = functools.partial(self._after_projector, module is family.projector)
+            self._handles.append(module.register_forward_hook(hook))
         # What torch.compile made of the model before does not see hooks, but it does see another forward.
-        self._undo.append(replace_forward(family.base, torch.compiler.disable(family.base.forward)))
-        if not self.off:
-            handles.append(family.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
-            self._undo += [undo for number in range(len(self.fractions)) for undo in self._wrap(number)]
-        self._undo += [handle.remove for handle in handles]
+        self._replace(family.base, "forward", torch.compiler.disable(family.base.forward, reason=EAGER))
+        if self.off:
+            return self
+        self._handles.append(family.decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+        if hasattr(self.model, "_prefill"):
+            self._replace(self.model, "init_continuous_batching", functools.partial(refuse, None))
+            self._replace(self.model, "_prefill", functools.partial(refuse, self.model._prefill))
+        for number, layer in enumerate(family.decoder.layers):
+            # At `forward`, inside of the layer's hooks: with these transformers collects hidden_states, and
+            # they have to see the logical sequence on both sides.
+            forward = functools.partial(run_layer, layer, layer.forward, number, self.config)
+            self._replace(layer, "forward", forward)
+            config = copy.copy(layer.self_attn.config)  # for this module alone: no other attention changes
+            config._attn_implementation, config.plain = "luvc", copy.copy(layer.self_attn)  # as it was
+            self._replace(layer.self_attn, "config", config)
         return self
 
-    def _wrap(self, number: int) -> list[Callable[[], None]]:
-        """Give a decoder layer `run_layer` for a forward, and its attention sizes. Returns what undoes it."""
-        # At `forward`, inside of the layer's hooks: with these transformers collects hidden_states, and they
-        # have to see the logical sequence on both sides.
-        layer = self.family.decoder.layers[number]
-        forward = functools.partial(run_layer, layer, layer.forward, number, self.config)
-        attention, plain = layer.self_attn, layer.self_attn.config
-        config = copy.copy(plain)  # for this module alone: nothing else sees another attention
-        config._attn_implementation, config.plain = "luvc", copy.copy(attention)  # the module as it was
-        attention.config = config
-        return [replace_forward(layer, forward), functools.partial(setattr, attention, "config", plain)]
+    def _replace(self, module: nn.Module, name: str, new) -> None:
+        """Give a module another attribute. Some have one of their own: accelerate, too, replaces forwards."""
+        self._replaced.append((module, name, new, module.__dict__.get(name)))
+        setattr(module, name, new)
 
     def detach(self) -> None:
-        """Take the hooks out: the model is what it was before `attach`. Without effect if not attached."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        """Take the hooks out: the model is what it was before `attach`. Without effect if not attached.
+
+        Raises: ValueError if something else replaced what LUVC did, since that would be lost.
+        """
+        for module, name, new, _ in self._replaced:
+            if module.__dict__.get(name) is not new:
+                what = f"{type(module).__name__}.{name} was replaced after attach(), by accelerate perhaps"
+                raise ValueError(f"{what}; undo that before detach(), and attach LUVC last")
+        for handle in self._handles:
+            handle.remove()
+        for module, name, _, old in self._replaced:
+            delattr(module, name) if old is None else setattr(module, name, old)
+        self._handles, self._replaced = [], []
+
+    def __reduce__(self):
+        raise ValueError("a model cannot be copied or pickled while LUVC is attached; detach() it first")
 
     __enter__ = attach
 
@@ -833,10 +852,18 @@ class LUVC:
             hidden = grids.merge(hidden, self.merges[number])
         return (hidden, *rest), grids.arguments(number, hidden, kwargs)
 
+    def _after_projector(self, posts, module, args, features):
+        return GRIDS.get().deliver(features, posts)
+
     def _before_base(self, module, args, kwargs):
+        if torch.compiler.is_exporting():
+            raise ValueError(EAGER)
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if ids is None and embeds is not None and embeds.shape[1] > 1 and not self.off:
             raise ValueError("LUVC finds the pictures by input_ids; pass these instead of inputs_embeds")
+        features = ("pixel_values", "mm_encoder_outputs", "image_hidden_states")  # raw, or encoded ahead
+        given = (isinstance(v, Tensor) or v for key, v in kwargs.items() if key.startswith(features))
+        ids = ids if any(given) or len(args) > 1 else None  # without pictures a stray placeholder is text
         CALL.set((ids, kwargs.get("video_grid_thw") if self.family.clips else None))
 
     def _before_decoder(self, module, args, kwargs):
@@ -861,6 +888,11 @@ class LUVC:
             size = read_sizes(embeds, visual > 0) if self.merges else size
             if getattr(mask, "ndim", 0) == 2:
                 size = size * (mask[:, -S:].to(device) != 0)
+            at = kwargs.get("position_ids")
+            if at is not None and not self.off:  # of M-RoPE's rows the first, the order of the text
+                at = (at[0] if at.ndim == 3 else at).to(device) * (size > 0)
+                if "cu_seq_lens_q" in kwargs or ((at < at.cummax(-1).values) & (size > 0)).any():
+                    raise ValueError("position_ids begin again: LUVC needs one sequence per row")
         frames = [] if clips is None else clips[:, 0].tolist()
         prompt = Prompt(visual, size, cache, self.fractions, self.slots, frames)
         if not self.off:
