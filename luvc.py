@@ -326,8 +326,6 @@ class Prompt:
         self.visual, self.size, self.cache, self.fractions = visual > 0, size, cache, fractions
         self.start = cache.get_seq_length() if cache is not None else 0  # positions seen before this call
         self.layers: list[tuple[Tensor, int]] = []  # per layer so far: sizes (B, S), columns stored before
-        self.index: Tensor | None = None  # (B, K): what the current layer processes; None: everything
-        self.fillers = False  # do samples differ in how many positions they process?
         self.pictures: list[tuple[int, list[int], Tensor, Tensor]] = []  # tokens, samples, rows, positions
         (B, self.S), self.texts, frames = size.shape, [1] * len(size), iter(frames)
         if self.S == 1:  # a word was generated: nothing to look for, no reason to wait for the device
@@ -346,7 +344,6 @@ class Prompt:
                         kept, visual[b, at[-1]] = kept[:-1], 0  # so its last token lives to the last layer
                     groups.setdefault(len(kept), []).append((b, kept))
         self.texts = ((visual == 0) & (alive > 0)).sum(1).tolist()
-        groups.pop(0, None)
         for tokens, group in groups.items():
             rows = torch.tensor([b for b, _ in group], device=size.device)[:, None]
             where = torch.stack([kept for _, kept in group]).to(size.device)
@@ -373,7 +370,7 @@ class Prompt:
                     size[rows, where] = inherit(before, kept)
             self.pictures[i] = tokens, samples, rows, where
         if size is not self.size or not self.layers:
-            self.fillers, K = min(counts) < max(counts), max(counts)
+            self.fillers, K = min(counts) < max(counts), max(counts)  # fillers: do samples differ in length?
             self.index = (size == 0).byte().sort(dim=1, stable=True).indices[:, :K] if K < self.S else None
         self.size, self.index = size, None if self.index is None else self.index.to(device)
         return self.index, size if self.index is None else size.gather(1, self.index)
@@ -521,11 +518,6 @@ def family_of(model: nn.Module) -> Family:
     """
     config, base = getattr(model, "config", None), getattr(model, "base_model", None)
     kind, vision = getattr(config, "model_type", type(model).__name__), getattr(config, "vision_config", None)
-    text = config.get_text_config() if config is not None else None
-    window = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
-    layers = set(getattr(text, "layer_types", None) or [window])
-    if layers != {"full_attention"}:
-        raise ValueError(f"{kind!r} has layers of kind {sorted(layers)}; only full attention is supported")
     if kind in ("llava", "llava_next", "llava_onevision"):
         tower, strategy = vision.model_type, config.vision_feature_select_strategy
         prefix, layer = int(tower == "clip_vision_model"), config.vision_feature_layer
@@ -557,6 +549,10 @@ def family_of(model: nn.Module) -> Family:
         raise ValueError(f"{kind!r} is not supported; use LLaVA, InternVL, Idefics3, SmolVLM or Qwen-VL")
     family = Family(base, *parts, blocks, **more)
     text = family.decoder.config
+    window = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    layers = set(getattr(text, "layer_types", None) or [window])
+    if layers != {"full_attention"}:
+        raise ValueError(f"{kind!r} has layers of kind {sorted(layers)}; only full attention is supported")
     known = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
     if text.model_type not in known:
         raise ValueError(f"decoder {text.model_type!r} is not supported; use one of {sorted(known)}")
@@ -576,8 +572,8 @@ class Grids:
 
     def __init__(self, family: Family, config: LUVCConfig, shapes: list[tuple[int, int, int]], device):
         self.family, self.config, self.shapes = family, config, shapes
-        keep, steps = config.vision_keep, config.vision_steps
-        self.plans = [[(0, H, W), *merge_plan(H, W, keep, steps)] for _, H, W in shapes]  # (axis, H, W)
+        keep = config.vision_keep, config.vision_steps
+        self.plans = [[(0, H, W), *merge_plan(H, W, *keep)] for _, H, W in shapes]  # (axis, H, W) per step
         self.size = [torch.ones(shape, device=device) for shape in shapes]
         slots = [torch.arange(H * W, device=device).expand(n, -1) for n, H, W in shapes]
         self.place = [(slot // W, slot % W) for slot, (_, _, W) in zip(slots, shapes, strict=True)]
@@ -965,7 +961,7 @@ class Report:
     positions: list[int]  # per decoder layer, text included, padding not
     visual_full: int  # visual tokens per decoder layer of the plain model
     positions_full: int  # positions per decoder layer of the plain model
-    kv_bytes: int  # keys and values of a KV cache after the prefill, in the dtype of the embeddings
+    kv_bytes: int  # a KV cache after the prefill, in the dtype of the embeddings, all devices together
     kv_bytes_full: int  # what the plain model's would hold
     flops_left: float
 
@@ -985,12 +981,12 @@ class Report:
         stored = len(visual) * channels * (p[..., 0] + n.amax(-1)).sum(-1)
         kv, kv_full = (2 * config.num_key_value_heads * itemsize * stored).long().tolist()
         left, full = flops.sum((1, 2)).tolist()
-        steps = [sum(merge <= b for merge in luvc.merges) for b in range(len(family.blocks))] if grids else []
+        steps = [sum(merge <= block for merge in luvc.merges) for block in range(len(family.blocks))]
         pictures = list(zip(grids.shapes, grids.plans, strict=True)) if grids else []
         slots = [sum(n * math.prod(plan[step][1:]) for (n, _, _), plan in pictures) for step in steps]
-        counts = [n * family.unit**2 for n in slots], (here & visual).sum((1, 2)).tolist()
-        sums = *counts, here.sum((1, 2)).tolist(), int(visual.sum()), int(n[1, 0].sum())
-        return Report(*sums, kv, kv_full, left / full)
+        tokens = [n * family.unit**2 for n in slots], (here & visual).sum((1, 2)).tolist()
+        sums = here.sum((1, 2)).tolist(), int(visual.sum()), int(n[1, 0].sum())
+        return Report(*tokens, *sums, kv, kv_full, left / full)
 
     def __str__(self) -> str:
         plain = f"{self.visual_full} and {self.positions_full}"
