@@ -313,37 +313,38 @@ class Prompt:
     *which* ones is decided on the device, when a layer's input is there.
 
     Args:
-        visual: (B, S) integer, 1 for placeholders of pictures, 2 for those of clips, 0 for text.
+        visual: (B, S) bool, the placeholders of pictures and clips.
         size: (B, S) float32, 0 for padding and for placeholders whose token was merged into another's.
+        begins: (B, S) bool, where the next frame of a clip begins.
         cache: the KV cache of the call; fractions: of a picture's tokens, one per decoder layer.
-        slots, frames: where runs of placeholders are to be cut. A tile has `slots` of them (0: a run is one
-            picture); `frames` says, clip by clip, how many frames it has.
+        slots: of a tile, where a run of placeholders is to be cut into tiles; 0: a run is one picture.
 
     Raises: ValueError if a prompt's last position was merged away: it speaks the next word.
     """
 
-    def __init__(self, visual: Tensor, size: Tensor, cache, fractions: list[float], slots: int, frames: list):
-        self.visual, self.size, self.cache, self.fractions = visual > 0, size, cache, fractions
+    def __init__(self, visual: Tensor, size: Tensor, begins: Tensor, cache, fractions: list, slots: int):
+        self.visual, self.size, self.cache, self.fractions = visual, size, cache, fractions
         self.start = cache.get_seq_length() if cache is not None else 0  # positions seen before this call
         self.layers: list[tuple[Tensor, int]] = []  # per layer so far: sizes (B, S), columns stored before
         self.pictures: list[tuple[int, list[int], Tensor, Tensor]] = []  # tokens, samples, rows, positions
-        (B, self.S), self.texts, frames = size.shape, [1] * len(size), iter(frames)
+        (B, self.S), self.texts = size.shape, [1] * len(size)
         if self.S == 1:  # a word was generated: nothing to look for, no reason to wait for the device
             return
-        visual, alive = torch.stack([visual, size > 0]).cpu()  # here the host waits, once
+        visual, alive, begins = torch.stack([visual, size > 0, begins]).cpu()  # here the host waits, once
         groups: dict[int, list] = {}  # pictures of equally many tokens are pruned together
         for b in range(B):
             at = visual[b].nonzero()[:, 0]
             for run in at.tensor_split((at.diff() > 1).nonzero()[:, 0] + 1) if len(at) else ():
-                tiles = len(run) // slots if slots and len(run) % slots == 0 else 1
-                for piece in run.tensor_split(next(frames, 1) if visual[b, run[0]] == 2 else tiles):
-                    kept = piece[alive[b, piece] > 0]
+                tiles = slots and len(run) % slots == 0
+                cuts = len(run) // slots if tiles else begins[b, run[1:]].nonzero()[:, 0] + 1
+                for piece in run.tensor_split(cuts):
+                    kept = piece[alive[b, piece]]
                     if piece[-1] == at[-1] and not alive[b, at[-1] + 1 :].any():  # nothing speaks behind it
                         if not alive[b, at[-1]]:
                             raise ValueError(f"sample {b} ends with a merged picture; put text behind it")
-                        kept, visual[b, at[-1]] = kept[:-1], 0  # so its last token lives to the last layer
+                        kept, visual[b, at[-1]] = kept[:-1], False  # the last token lives to the last layer
                     groups.setdefault(len(kept), []).append((b, kept))
-        self.texts = ((visual == 0) & (alive > 0)).sum(1).tolist()
+        self.texts = (~visual & alive).sum(1).tolist()
         for tokens, group in groups.items():
             rows = torch.tensor([b for b, _ in group], device=size.device)[:, None]
             where = torch.stack([kept for _, kept in group]).to(size.device)
@@ -506,7 +507,6 @@ class Family:
     unit: int = 1  # a slot is unit x unit patches
     prefix: int = 0  # tokens in front of the grid inside the encoder (CLS)
     prefix_slots: int = 0  # how many of these also reach the LLM
-    clips: bool = False  # a video is one run of placeholders, frame after frame, instead of a run per frame
     deepstack: Sequence[nn.Module] = ()  # projectors of features for the LLM's first layers
     no_merger: str = ""  # why merging is refused
 
@@ -543,8 +543,8 @@ def family_of(model: nn.Module) -> Family:
         more = {"side": (vision.image_size // vision.patch_size // unit,) * 2, "unit": unit}
     elif kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         parts, blocks = (base.language_model, base.visual, base.visual.merger), base.visual.blocks
-        more = {"unit": vision.spatial_merge_size, "clips": kind != "qwen3_vl"}
-        more |= {"deepstack": getattr(base.visual, "deepstack_merger_list", ())}
+        deepstack = getattr(base.visual, "deepstack_merger_list", ())
+        more = {"unit": vision.spatial_merge_size, "deepstack": deepstack}
     else:
         raise ValueError(f"{kind!r} is not supported; use LLaVA, InternVL, Idefics3, SmolVLM or Qwen-VL")
     family = Family(base, *parts, blocks, **more)
@@ -702,7 +702,7 @@ def read_sizes(embeds: Tensor, visual: Tensor) -> Tensor:
 # What one part of the model has to tell another within a call waits in these. A context variable has a value
 # of its own in every thread, so several threads can use one attached model at the same time.
 
-CALL: ContextVar = ContextVar("luvc_call", default=(None, None))  # base -> decoder: input_ids, video_grid_thw
+CALL: ContextVar = ContextVar("luvc_call", default=None)  # base -> decoder: input_ids, if there are pictures
 GRIDS: ContextVar = ContextVar("luvc_grids", default=None)  # vision encoder -> its blocks and projectors
 
 
@@ -783,9 +783,8 @@ class LUVC:
         # Our choice: the merges are spread evenly over the blocks. Block -> step of the plan.
         self.merges = {(step + 1) * len(family.blocks) // (steps + 1): step for step in range(steps)}
         self.off = not steps and min(self.fractions) == 1
-        # Id of a placeholder -> 1, or 2 for those of clips.
-        ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
-        self.placeholders = {id: 1 + n * family.clips for n, id in enumerate(ids) if id is not None}
+        ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+        self.placeholders = [id for id in ids if id is not None]
         whole = family.side and not family.no_merger
         self.slots = family.prefix_slots + math.prod(family.side) if whole else 0  # of a picture or tile
         self._handles, self._replaced = [], []  # how to take the hooks out again
@@ -887,29 +886,31 @@ class LUVC:
             raise ValueError("LUVC finds the pictures by input_ids; pass these instead of inputs_embeds")
         features = ("pixel_values", "mm_encoder_outputs", "image_hidden_states")  # raw, or encoded ahead
         given = (isinstance(v, Tensor) or v for key, v in kwargs.items() if key.startswith(features))
-        ids = ids if any(given) or len(args) > 1 else None  # without pictures a stray placeholder is text
-        CALL.set((ids, kwargs.get("video_grid_thw") if self.family.clips else None))
+        CALL.set(ids if any(given) or len(args) > 1 else None)  # without pictures a stray placeholder is text
         return plain(*args, **kwargs)
 
     def _run_decoder(self, decoder, plain, *args, **kwargs):
         """Find out what is where in the prompt, and let the KV cache count logical positions."""
-        (ids, clips), _ = CALL.get(), CALL.set((None, None))
+        ids, _ = CALL.get(), CALL.set(None)
         embeds, mask, cache = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "past_key_values"))
         # Without embeds somebody calls the LLM alone, with text.
         given = (args[0] if args else kwargs["input_ids"]) if embeds is None else embeds
         (B, S), device = given.shape[:2], given.device
-        visual, size = torch.zeros(B, S, dtype=torch.int8, device=device), torch.ones(B, S, device=device)
+        visual, begins = torch.zeros(2, B, S, dtype=torch.bool, device=device)
+        size, at = torch.ones(B, S, device=device), kwargs.get("position_ids")
         if S > 1 and ids is not None:
-            for token, kind in self.placeholders.items():
-                visual += (ids == token).to(device) * kind
-            size = read_sizes(embeds, visual > 0) if self.merges else size
+            for token in self.placeholders:
+                visual |= (ids == token).to(device)
+            size = read_sizes(embeds, visual) if self.merges else size
+            if at is not None and at.ndim == 3:  # M-RoPE: (row, column) rises within a frame of a clip
+                rank = at[-2] * 2**20 + at[-1]
+                begins[:, 1:] = rank.diff(dim=1) <= 0
         if S > 1 and isinstance(mask, Tensor) and mask.ndim == 2:
             size = size * (mask[:, -S:].to(device) != 0)
         if not self.off:
-            check_call(decoder, kwargs, (visual == 0) & (size > 0))
+            check_call(decoder, kwargs, ~visual & (size > 0))
             cache = adopt(cache, decoder, kwargs)
-        frames = [] if clips is None else clips[:, 0].tolist()
-        prompt = Prompt(visual, size, cache, self.fractions, self.slots, frames)
+        prompt = Prompt(visual, size, begins, cache, self.fractions, self.slots)
         if self.off:
             prompt.layers = [(size, prompt.start)] * len(self.fractions)
         output = plain(*args, **kwargs) if self.off else plain(*args, prompt=prompt, **kwargs)
