@@ -330,7 +330,9 @@ class Prompt:
         (B, self.S), self.texts = size.shape, [1] * len(size)
         if self.S == 1:  # a word was generated: nothing to look for, no reason to wait for the device
             return
-        visual, alive, begins = torch.stack([visual, size > 0, begins]).cpu()  # here the host waits, once
+        visual, alive, begins = torch.stack(
+            [visual, size > 0, begins]
+        ).cpu()  # the host waits here; the layers do not
         groups: dict[int, list] = {}  # pictures of equally many tokens are pruned together
         for b in range(B):
             at = visual[b].nonzero()[:, 0]
@@ -972,7 +974,9 @@ class Report:
         family, config, grids = luvc.family, luvc.family.decoder.config, luvc._grids
         layer, visual = family.decoder.layers[0], prompt.visual.cpu()
         head, itemsize = layer.self_attn.head_dim, family.decoder.embed_tokens.weight.element_size()
-        M = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+        # Quantised linear maps are of many classes; PEFT wraps a base_layer, which would be counted twice.
+        linear = (m for m in layer.modules() if hasattr(m, "in_features") and not hasattr(m, "base_layer"))
+        M = sum(m.in_features * m.out_features for m in linear)
         # LUVC's and the plain model's: positions n (2, layers, B), and p (2, layers, 1) stored before them.
         here = torch.stack([size.cpu() > 0 for size, _ in prompt.layers])  # (layers, B, S)
         n = torch.stack([here, (visual | here[0]).expand_as(here)]).sum(-1).double()

@@ -1,29 +1,28 @@
 """How fast: a model with and without LUVC, measured side by side.
 
-    python luvc.py --bench                                      # the toy
-    python luvc.py --bench --shape width-512 --tokens 576       # a shape with random weights, for a CPU
-    python luvc.py --bench --shape qwen2.5-vl-7b --tokens 1024,4096,16384 --batch 8 --device cuda
-    python luvc.py --bench --model FOLDER --json                # a checkpoint; one JSON object
-    python luvc.py --bench --merge                              # merge_axis against global matching
+    python toy/bench.py                                      # the toy
+    python toy/bench.py --shape width-512 --tokens 576       # a shape with random weights, for a CPU
+    python toy/bench.py --shape qwen2.5-vl-7b --tokens 1024,4096,16384 --batch 8 --flash     # for a GPU
+    python toy/bench.py --model FOLDER --json                # a checkpoint; one JSON object
+    python toy/bench.py --attention --shape llava-1.5-7b --tokens 1024,4096 --flash          # what sizes cost
+    python toy/bench.py --merge --tokens 1024,4096,16384     # merge_axis against global matching
 
-(`python toy/bench.py ...` is the same.) Speed does not depend on what the weights are, so a *shape*, the sizes
-of a well-known model, is filled with random weights on the device itself. Inputs are random pixels and text.
-
-What is timed: whole prefills, plain and LUVC in turns, after two rounds to warm up; medians, with the smallest
-and the largest value. On a GPU, CUDA events mark where the parts begin and end, so that the host never waits.
+Speed does not depend on what the weights are, so a *shape*, the sizes of a well-known model, is filled with
+random weights on the device itself. Inputs are random pixels and text. Whatever is compared runs in turns,
+after two rounds to warm up; printed are medians, with the smallest and the largest value. On a GPU, CUDA
+events mark where the parts begin and end, so that the host never waits.
 
     encoder      from pixels to features: vision encoder and projector
     LLM          the decoder's forward call: from the embedded prompt to the last hidden states
     prefill      the whole call, up to the logits of the first new word
-    own code     what LUVC adds around the model's own parts, see `time_prefill`
+    own code     what LUVC adds around the model's own blocks and layers, see `time_prefill`
     per token    after the prefill, averaged over so many greedy steps with a growing KV cache
 """
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
-import itertools
+import functools
 import json
 import math
 import platform
@@ -36,15 +35,15 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers.utils import logging
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from luvc import LUVC, LUVCConfig, OneLineParser, check_device, find_layout, fractions, load, merge_axis
+from luvc import EXTRA, LUVC, LUVCConfig, family_of, load, merge_axis
 
 DEFAULT, WARM = LUVCConfig(), 2  # WARM: rounds that are not counted
 
-# ---- Models with random weights, and inputs for any model ------------------------------------------
+# ---- Models with random weights, and inputs for any model --------------------------------------------------
 
 
 def llm_sizes(width, layers, heads, kv_heads, inner, vocabulary, theta=1e6, tied=False, **rope):
@@ -60,26 +59,17 @@ def clip_sizes(width, layers, heads):
     return {"model_type": "clip_vision_model", **sizes}
 
 
-SECTIONS = {"mrope_section": [16, 24, 24]}
-SECTIONS_3 = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+MROPE = {"mrope_section": [16, 24, 24]}
+MROPE_3 = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+QWEN_3B = llm_sizes(2048, 36, 16, 2, 11008, 151936, tied=True, **MROPE)
+QWEN_7B = llm_sizes(3584, 28, 28, 4, 18944, 152064, **MROPE)
+QWEN3_8B = llm_sizes(4096, 36, 32, 8, 12288, 151936, 5e6, **MROPE_3)
 SHAPES = {  # name: (model_type, LLM, vision encoder where it differs from transformers' defaults)
     "width-512": ("llava", llm_sizes(512, 8, 8, 8, 1376, 32064, 1e4), clip_sizes(512, 8, 8)),
     "llava-1.5-7b": ("llava", llm_sizes(4096, 32, 32, 32, 11008, 32064, 1e4), clip_sizes(1024, 24, 16)),
-    "qwen2.5-vl-3b": (
-        "qwen2_5_vl",
-        llm_sizes(2048, 36, 16, 2, 11008, 151936, tied=True, **SECTIONS),
-        {"hidden_size": 1280, "out_hidden_size": 2048},
-    ),
-    "qwen2.5-vl-7b": (
-        "qwen2_5_vl",
-        llm_sizes(3584, 28, 28, 4, 18944, 152064, **SECTIONS),
-        {"hidden_size": 1280, "out_hidden_size": 3584},
-    ),
-    "qwen3-vl-8b": (
-        "qwen3_vl",
-        llm_sizes(4096, 36, 32, 8, 12288, 151936, 5e6, **SECTIONS_3),
-        {"out_hidden_size": 4096},
-    ),
+    "qwen2.5-vl-3b": ("qwen2_5_vl", QWEN_3B, {"hidden_size": 1280, "out_hidden_size": 2048}),
+    "qwen2.5-vl-7b": ("qwen2_5_vl", QWEN_7B, {"hidden_size": 1280, "out_hidden_size": 3584}),
+    "qwen3-vl-8b": ("qwen3_vl", QWEN3_8B, {"out_hidden_size": 4096}),
     "internvl3-2b": ("internvl", llm_sizes(1536, 28, 12, 2, 8960, 151674), {"attention_bias": True}),
 }
 
@@ -87,27 +77,27 @@ SHAPES = {  # name: (model_type, LLM, vision encoder where it differs from trans
 def build(name, device, dtype, attn="sdpa", layers=None):
     """A model of a named shape, with random weights made on the device in that dtype; `layers` cuts it down.
 
-    Raises:
-        ValueError: no such shape, or an attention that is not there.
+    Raises: ValueError for an attention that is not there.
     """
-    if name not in SHAPES:
-        raise ValueError(f"--shape {name} is not known; use one of {', '.join(SHAPES)}")
     kind, llm, vision = SHAPES[name]
     if layers is not None:
         blocks = max(layers, 3)  # LLaVA does not use the last block, and two merges need one each
         llm, vision = llm | {"num_hidden_layers": layers}, vision | {"num_hidden_layers": blocks}
         if kind.startswith("qwen"):
-            vision |= {"fullatt_block_indexes": [blocks - 1], "deepstack_visual_indexes": [0]}
-    tied = llm["tie_word_embeddings"]
-    config = transformers.AutoConfig.for_model(
-        kind, text_config=dict(llm), vision_config=dict(vision), tie_word_embeddings=tied
-    )
+            vision |= {
+                "depth": blocks,
+                "fullatt_block_indexes": [blocks - 1],
+                "deepstack_visual_indexes": [0],
+            }
+    parts = {"text_config": dict(llm), "vision_config": dict(vision)}
+    parts["tie_word_embeddings"] = llm["tie_word_embeddings"]
+    config = transformers.AutoConfig.for_model(kind, **parts)
     create = transformers.AutoModelForImageTextToText.from_config
     try:
         with torch.device(device):
             return create(config, dtype=dtype, attn_implementation=attn).eval()
     except ImportError as error:
-        raise ValueError(f"--attn {attn}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"--attn {attn}: {error}") from error
 
 
 def make_inputs(model, tokens, batch=1, text=64):
@@ -116,35 +106,35 @@ def make_inputs(model, tokens, batch=1, text=64):
     Where pictures have a fixed size there are as many as come nearest, else there is one, nearly square. Half
     of the text stands before the pictures and half behind.
 
-    Raises:
-        ValueError: a family whose inputs are not known here.
+    Raises: ValueError for a family whose inputs are not known here.
     """
-    layout, vision, kind = find_layout(model), model.config.vision_config, model.config.model_type
-    device, inputs = model.device, {}
+    family, vision, kind = family_of(model), model.config.vision_config, model.config.model_type
+    device, inputs, placeholder = model.device, {}, model.config.image_token_id
     on_device = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
-    if layout.packed:  # Qwen: all patches of all pictures in one row, each flattened
+    if family.side is None:  # Qwen: all patches of all pictures in one row, each flattened
         H = max(1, round(math.sqrt(tokens)))
         W = max(1, round(tokens / H))
         tokens, patch = H * W, 3 * vision.temporal_patch_size * vision.patch_size**2
-        shape, grid = (batch * tokens * layout.unit**2, patch), [1, H * layout.unit, W * layout.unit]
+        shape, grid = (batch * tokens * family.unit**2, patch), [1, H * family.unit, W * family.unit]
         inputs["image_grid_thw"] = torch.tensor([grid] * batch, device=device)
     elif kind in ("llava", "internvl"):
-        tiles = max(1, round(tokens / layout.slots))
+        slots = family.prefix_slots + math.prod(family.side)
+        tiles = max(1, round(tokens / slots))
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-        tokens, shape = tiles * layout.slots, (batch * tiles, 3, side, side)
+        tokens, shape = tiles * slots, (batch * tiles, 3, side, side)
     else:
         raise ValueError(f"no inputs can be made up for {kind!r}; use a llava, internvl or Qwen VL model")
     inputs["pixel_values"] = torch.randn(shape, dtype=model.dtype, **on_device)
-    words = torch.randint(5, min(1000, layout.decoder.config.vocab_size), (batch, text), **on_device)
-    picture = torch.full((batch, tokens), layout.visual_ids[0], device=device)
+    words = torch.randint(5, min(1000, family.decoder.config.vocab_size), (batch, text), **on_device)
+    picture = torch.full((batch, tokens), placeholder, device=device)
     ids = torch.cat([words[:, : text // 2], picture, words[:, text // 2 :]], dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if layout.packed:
-        inputs["mm_token_type_ids"] = (ids == layout.visual_ids[0]).int()
+    if family.side is None:
+        inputs["mm_token_type_ids"] = (ids == placeholder).int()
     return inputs, tokens
 
 
-# ---- Measuring -------------------------------------------------------------------------------------
+# ---- Measuring a model -------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -167,10 +157,6 @@ class Clock:
         end.synchronize()
         return begin.elapsed_time(end)
 
-    def ms(self, key):
-        """Milliseconds of all calls that were watched under this key since `spans` was cleared."""
-        return sum(self.between(*span) for span in self.spans[key])
-
     def watch(self, function, key):
         """`function`, timed."""
 
@@ -182,6 +168,12 @@ class Clock:
 
         return timed
 
+    def read(self):
+        """Milliseconds per key, of all calls since the last time; 0 for a key that had none."""
+        total = {key: sum(self.between(*span) for span in spans) for key, spans in self.spans.items()}
+        self.spans.clear()
+        return defaultdict(float, total)
+
 
 @contextlib.contextmanager
 def watched(model):
@@ -190,12 +182,12 @@ def watched(model):
     Layers and blocks are timed at `forward`, inside of the hooks and wrappers that LUVC puts on later: so
     these spans are the model's own work also while LUVC is attached.
     """
-    layout, clock, begun = find_layout(model), Clock(model.device), []
-    inside = [(layer, "forward", "layers") for layer in layout.decoder.layers]
-    inside += [(m, "forward", "blocks") for m in (*layout.blocks, layout.projector, *layout.deepstack)]
-    inside += [(layout.base, "get_image_features", "encoder")]
-    before = layout.decoder.register_forward_pre_hook(lambda *_: begun.append(clock.mark()), prepend=True)
-    after = layout.decoder.register_forward_hook(
+    family, clock, begun = family_of(model), Clock(model.device), []
+    inside = [(layer, "forward", "layers") for layer in family.decoder.layers]
+    inside += [(m, "forward", "blocks") for m in (*family.blocks, family.projector, *family.deepstack)]
+    inside += [(family.base, "get_image_features", "encoder")]
+    before = family.decoder.register_forward_pre_hook(lambda *_: begun.append(clock.mark()), prepend=True)
+    after = family.decoder.register_forward_hook(
         lambda *_: clock.spans["llm"].append((begun.pop(), clock.mark()))
     )
     for owner, name, key in inside:
@@ -220,45 +212,37 @@ def time_prefill(model, inputs, config=DEFAULT, repeats=9):
     """Whole prefills, plain and LUVC in turns.
 
     *Own code* is the time of encoder and LLM that is spent outside of the encoder's blocks, the projector and
-    the decoder's layers, minus the same of the plain model (embedding, positions, masks, norms). It holds
-    merges, signposts, the plan of positions, scores, gathers, scatters, masks, counting for the report, and on
-    a GPU all waiting for the host in between. What `LUVCConfig.sizes` adds *inside* of the layers, channels of
-    keys and values, is measured by turning it off: `sizes` is how much longer the layers take with it.
+    the decoder's layers, minus the same of the plain model (embedding, positions, masks, norms). In the
+    encoder that is merging, in the LLM the plan of positions, scores, gathers, scatters and masks; on a GPU
+    both hold all waiting for the host. Not in it: the channels for sizes, inside of attention (`--attention`).
 
     Returns:
         a dict. `plain` and `luvc`: milliseconds of `encoder`, `llm` and `prefill`, each [median, smallest,
         largest]; `ratio`: plain / LUVC of the medians; `predicted`: that of the LLM by `Report.flops_left`,
-        and `reached`, the fraction of it; `own` and `sizes`: milliseconds as above, `own_share` and
-        `sizes_share` of LUVC's prefill; `kv_bytes`: of `plain` and `luvc`, after the prefill.
+        and `reached`, the fraction of it; `own`, `own_encoder` and `own_llm`: milliseconds as above;
+        `kv_bytes`: of `plain` and `luvc`, after the prefill.
     """
     methods = {"plain": None, "luvc": LUVC(model, config)}
-    if config.sizes:
-        methods["unsized"] = LUVC(model, dataclasses.replace(config, sizes=False))
     runs = {name: [] for name in methods}
     with watched(model) as clock:
         for name in list(methods) * (WARM + repeats):
             with methods[name] or contextlib.nullcontext():
-                clock.spans.clear()
                 clock.watch(model, "prefill")(**inputs, use_cache=True, logits_to_keep=1)
-                runs[name].append({k: clock.ms(k) for k in ("prefill", "encoder", "llm", "layers", "blocks")})
-    plain, luvc, unsized = (runs.get(name, runs["luvc"])[WARM:] for name in ("plain", "luvc", "unsized"))
+                runs[name].append(clock.read())
+    plain, luvc = (run[WARM:] for run in runs.values())
     report, parts = methods["luvc"].report(), ("encoder", "llm", "prefill")
     answer = {"plain": plain, "luvc": luvc}
     answer = {name: {part: spread(r[part] for r in run) for part in parts} for name, run in answer.items()}
     ratio = {part: answer["plain"][part][0] / (answer["luvc"][part][0] or 1) for part in parts}
-    around = [[r["encoder"] + r["llm"] - r["layers"] - r["blocks"] for r in run] for run in (plain, luvc)]
-    own = spread(with_it - without for without, with_it in zip(*around, strict=True))
-    sizes = spread(b["layers"] - a["layers"] for a, b in zip(unsized, luvc, strict=True))
-    return answer | {
-        "ratio": ratio,
-        "predicted": 1 / report.flops_left,
-        "reached": ratio["llm"] * report.flops_left,
-        "own": own,
-        "own_share": own[0] / answer["luvc"]["prefill"][0],
-        "sizes": sizes,
-        "sizes_share": sizes[0] / answer["luvc"]["prefill"][0],
-        "kv_bytes": {"plain": report.kv_bytes_full, "luvc": report.kv_bytes},
-    }
+    answer |= {"ratio": ratio, "reached": ratio["llm"] * report.flops_left}
+    answer |= {"predicted": 1 / report.flops_left}
+    encoder, llm = (
+        [(b[whole] - b[part]) - (a[whole] - a[part]) for a, b in zip(plain, luvc, strict=True)]
+        for whole, part in (("encoder", "blocks"), ("llm", "layers"))
+    )
+    answer |= {"own": spread(map(sum, zip(encoder, llm, strict=True)))}
+    answer |= {"own_encoder": spread(encoder), "own_llm": spread(llm)}
+    return answer | {"kv_bytes": {"plain": report.kv_bytes_full, "luvc": report.kv_bytes}}
 
 
 @torch.inference_mode()
@@ -288,18 +272,17 @@ def time_decode(model, inputs, config=DEFAULT, counts=(128, 1024), repeats=3):
     return {"per_token": per_token, "peak_bytes": peak or None}
 
 
-def break_even(points):
-    """From how many visual tokens on prefills are faster, in words; of (tokens, ratio), never extrapolated."""
-    points = sorted(points)
-    if not points or points[-1][1] < 1:
-        return f"not up to {points[-1][0]:,}, the most measured" if points else "not measured"
-    for (low, before), (high, after) in reversed(list(itertools.pairwise(points))):
-        if before < 1:
-            return f"about {low + (high - low) * (1 - before) / (after - before):,.0f}, interpolated"
-    return f"below {points[0][0]:,}, the fewest measured"
+# ---- Parts alone -------------------------------------------------------------------------------------------
 
 
-# ---- Merging alone ---------------------------------------------------------------------------------
+@torch.inference_mode()
+def in_turns(jobs, device, repeats):
+    """{name: [median, smallest, largest] milliseconds} of functions without arguments."""
+    clock, runs = Clock(device), {name: [] for name in jobs}
+    for name in list(jobs) * (WARM + repeats):
+        clock.watch(jobs[name], name)()
+        runs[name].append(clock.read()[name])
+    return {name: spread(run[WARM:]) for name, run in runs.items()}
 
 
 def match_globally(x, size, keep):
@@ -325,63 +308,198 @@ def match_globally(x, size, keep):
     return (moved(weighted) / mass).to(x.dtype), mass[..., 0]
 
 
-@torch.inference_mode()
-def time_merge(device, dtype, repeats=9, channels=1024):
-    """merge_axis on 64 x 64 and 128 x 128 tokens, 3/4 of each axis kept, and global matching of the former."""
-    clock, generator = Clock(device), torch.Generator().manual_seed(0)
-    grids = {n: torch.randn(1, n, n, channels, generator=generator).to(device, dtype) for n in (64, 128)}
+def time_merge(tokens, device, dtype, repeats=9, channels=1024):
+    """Of a square grid of about so many tokens, keep 3/4 of each axis: `merge_axis` and global matching."""
+    side = max(2, round(math.sqrt(tokens)))
+    keep, generator = max(1, side * 3 // 4), torch.Generator().manual_seed(0)
+    x = torch.randn(1, side, side, channels, generator=generator).to(device, dtype)
+    size = torch.ones(1, side, side, device=device)
 
-    def merging(side):
-        x, size = grids[side], torch.ones(1, side, side, device=device)
-        for axis in (2, 1):
-            x, size, _ = merge_axis(x, size, side * 3 // 4, axis)
+    def merging():
+        merged, mass, _ = merge_axis(x, size, keep, axis=2)
+        merge_axis(merged, mass, keep, axis=1)
 
-    def matching():
-        match_globally(grids[64].flatten(1, 2), torch.ones(1, 64 * 64, device=device), 48 * 48)
-
-    jobs = {"merge_axis": lambda: merging(64), "matching": matching, "merge_axis_128": lambda: merging(128)}
-    runs = {name: [] for name in jobs}
-    for name in list(jobs) * (WARM + repeats):
-        clock.spans.clear()
-        clock.watch(jobs[name], name)()
-        runs[name].append(clock.ms(name))
-    times = {name: spread(run[WARM:]) for name, run in runs.items()}
-    ours, theirs, large = (median for median, _, _ in times.values())
-    return times | {"ratio": theirs / ours, "four_times_the_tokens": large / ours}
+    flat, mass = x.flatten(1, 2), size.flatten(1)
+    jobs = {"merge_axis": merging, "matching": lambda: match_globally(flat, mass, max(keep**2, side**2 // 2))}
+    times = in_turns(jobs, device, repeats)
+    return times | {"tokens": side**2, "ratio": times["matching"][0] / times["merge_axis"][0]}
 
 
-# ---- The command line ------------------------------------------------------------------------------
+def time_attention(tokens, batch, heads, channels, device, dtype, repeats=9):
+    """What a weight for each key costs: causal attention of one layer, three ways.
+
+    `unsized`: no weights. `channels`: the weight rides in `EXTRA` more channels, as in LUVC; `padding` is the
+    time to make them, of queries, keys and values. `mask`: the weight and what causality hides are an
+    additive mask, which torch's flash kernel does not take: on a GPU that is the memory-efficient one.
+
+    Returns: a dict of these, each [median, smallest, largest]; `error`, the largest difference of the last
+        two from float64, and `mask_bytes`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, tokens, channels, generator=generator) for _ in range(3))
+    q, k, v = (t.to(device, dtype) for t in (q, k, v))
+    bias = torch.randint(1, 9, (batch, tokens), generator=generator).float().log().to(device, dtype)
+    scale, attend, pad = channels**-0.5, nn.functional.scaled_dot_product_attention, nn.functional.pad
+    hidden = torch.ones(tokens, tokens, dtype=torch.bool, device=device).triu(1)
+    mask = bias[:, None, None].expand(-1, 1, tokens, -1).masked_fill(hidden, -math.inf)
+
+    def padded():
+        key = pad(k, (0, EXTRA))
+        key[..., -EXTRA] = (bias / scale)[:, None]
+        return pad(q, (0, EXTRA), value=1.0), key, pad(v, (0, EXTRA))
+
+    wide, with_mask = padded(), [] if q.is_cuda else [SDPBackend.FLASH_ATTENTION]
+    with_mask.append(SDPBackend.EFFICIENT_ATTENTION)
+
+    def masked():
+        with sdpa_kernel(with_mask):
+            return attend(q, k, v, attn_mask=mask, scale=scale)
+
+    def sized():
+        return attend(*wide, is_causal=True, scale=scale)
+
+    jobs = {"unsized": lambda: attend(q, k, v, is_causal=True, scale=scale), "channels": sized}
+    times = in_turns(jobs | {"padding": padded, "mask": masked}, device, repeats)
+    rows = slice(-16, None)  # in float64, enough to see that both compute the same
+    logits = q[:1, :, rows].double() @ k[:1].double().mT * scale + mask[:1, :, rows].double()
+    right, error = logits.softmax(-1) @ v[:1].double(), {}
+    with torch.inference_mode():
+        for name, job in (("channels", sized), ("mask", masked)):
+            error[name] = (job()[:1, :, rows, :channels] - right).abs().max().item()
+    return times | {"tokens": tokens, "error": error, "mask_bytes": mask.nbytes}
 
 
-def header(device, dtype, attn):
+# ---- What is printed ---------------------------------------------------------------------------------------
+
+
+def header(args):
     """What the numbers depend on, in one line."""
     info, name = Path("/proc/cpuinfo"), platform.machine()
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if torch.device(args.device).type == "cuda":
+        name = torch.cuda.get_device_name(args.device)
     elif info.exists() and "model name" in info.read_text():
         name = info.read_text().partition("model name")[2].partition("\n")[0].strip("\t :")
-    return (
-        f"{name}, {dtype}, {attn}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{torch.get_num_threads()} threads, {datetime.date.today()}"
+    kernel = f"{args.attn}, flash kernel forced" if args.flash else args.attn
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{name}, {args.dtype}, {kernel}, {versions}, {torch.get_num_threads()} threads, {datetime.date.today()}"
+
+
+def ms(values):
+    return "{:.4g} ({:.4g} to {:.4g})".format(*values)
+
+
+def both(plain, luvc):
+    return f"{ms(plain)} -> {ms(luvc)} ms, {plain[0] / (luvc[0] or 1):.2f}x"
+
+
+def mebibytes(both):
+    return f"{both['plain'] / 2**20:,.1f} -> {both['luvc'] / 2**20:,.1f} MiB"
+
+
+def cells(row):
+    """One column of the table: title -> what is printed there."""
+    cell = {}
+    if "merge_axis" in row:
+        cell |= {"merge_axis, ms": ms(row["merge_axis"])}
+        cell |= {"global matching, ms": f"{ms(row['matching'])}, {row['ratio']:.1f}x"}
+    if "unsized" in row:
+        for part, title in (("unsized", "no sizes"), ("channels", "sizes in more channels")):
+            cell[title + ", ms"] = ms(row[part])
+        cell["making these, ms"] = ms(row["padding"])
+        cell["sizes in a mask, ms"] = f"{ms(row['mask'])}, mask {row['mask_bytes'] / 2**20:,.0f} MiB"
+        cell["largest error, channels and mask"] = "{channels:.1e}, {mask:.1e}".format(**row["error"])
+    if "plain" in row:
+        for part, title in (("encoder", "encoder"), ("llm", "LLM"), ("prefill", "whole prefill")):
+            cell[title] = both(row["plain"][part], row["luvc"][part])
+        cell["LLM, by its FLOPs"] = f"{row['predicted']:.2f}x, of which {row['reached']:.0%} is reached"
+        titles = {"own": "own code", "own_encoder": "- in the encoder", "own_llm": "- in the LLM"}
+        for part, title in titles.items():
+            share = row[part][0] / row["luvc"]["prefill"][0]
+            cell[title] = f"{ms(row[part])} ms, {share:.1%} of the prefill"
+        cell["KV cache after the prefill"] = mebibytes(row["kv_bytes"])
+    if "per_token" in row:
+        for count, times in row["per_token"].items():
+            cell[f"per token, {count:,} new ones"] = both(times["plain"], times["luvc"])
+        peak = row["peak_bytes"]
+        cell["peak memory, weights included"] = mebibytes(peak) if peak else "not available"
+    return cell
+
+
+def table(result):
+    """The object that --json prints, as Markdown."""
+    rows = result["rows"]
+    columns = [cells(row) for row in rows]
+    titles = dict.fromkeys(title for column in columns for title in column)  # in order, each once
+    lines = [["", *(f"{row['tokens']:,} tokens" for row in rows)], ["---"] * (1 + len(rows))]
+    for title in titles:
+        cell = (c.get(title, row.get("error", "")) for c, row in zip(columns, rows, strict=True))
+        lines.append([title, *cell])
+    return "\n".join([result["title"], result["header"], "", *("| " + " | ".join(x) + " |" for x in lines)])
+
+
+# ---- The command line --------------------------------------------------------------------------------------
+
+
+def measure(args):
+    """Everything that was asked for: the object that --json prints."""
+    dtype = getattr(torch, args.dtype)
+    if args.merge:
+        title = "1,024 channels, 3/4 of each axis kept"
+        job = functools.partial(time_merge, device=args.device, dtype=dtype, repeats=args.repeats)
+    elif args.attention:
+        _, llm, _ = SHAPES[args.shape or "llava-1.5-7b"]
+        heads = llm["num_attention_heads"]
+        size = {"batch": args.batch, "heads": heads, "channels": llm["hidden_size"] // heads}
+        title = "causal attention: " + ", ".join(f"{value} {name}" for name, value in size.items())
+        job = functools.partial(time_attention, **size, device=args.device, dtype=dtype, repeats=args.repeats)
+    else:
+        if args.shape:
+            model = build(args.shape, args.device, dtype, args.attn, args.layers)
+        else:
+            model, _ = load(args.model, args.device, args.dtype, args.attn)
+        weights, layers = sum(p.nbytes for p in model.parameters()), len(family_of(model).decoder.layers)
+        title = f"{args.shape or args.model}, {layers} layers, weights {weights / 2**20:,.0f} MiB, "
+        title += f"batch {args.batch}, {args.text} text tokens; plain -> LUVC"
+        config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep)
+
+        def job(tokens):
+            inputs, tokens = make_inputs(model, tokens, args.batch, args.text)
+            row = {"tokens": tokens} | time_prefill(model, inputs, config, args.repeats)
+            return row | time_decode(model, inputs, config, args.new_tokens, args.decode_repeats)
+
+    rows = []
+    for tokens in sorted(args.tokens):
+        try:
+            rows.append(job(tokens))
+        except torch.OutOfMemoryError:
+            rows.append({"tokens": tokens, "error": "out of memory"})
+        if "error" in rows[-1] and torch.cuda.is_available():  # only now have the frames of the failure gone
+            torch.cuda.empty_cache()
+        print(json.dumps(rows[-1]), file=sys.stderr)  # what was measured stays, whatever happens later
+    return {"title": title, "header": header(args), "rows": rows}
+
+
+def parse_arguments():
+    def whole(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+        return int(text)
+
+    def wholes(text):
+        return [whole(part) for part in text.split(",")]
+
+    def fractions(text):
+        numbers = [float(part) for part in text.split(",")]
+        return numbers if len(numbers) > 1 else numbers[0]
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add, cuda = parser.add_argument, torch.cuda.is_available()
+    add("--model", default="toy", help="checkpoint folder (default: the toy)")
+    add("--shape", choices=SHAPES, help="random weights instead")
+    add("--merge", action="store_true", help="merge_axis against global matching; no model")
+    add(
+        "--attention", action="store_true", help="what sizes cost in attention, heads as in --shape; no model"
     )
-
-
-def whole(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return int(text)
-
-
-def wholes(text):
-    return [whole(part) for part in text.split(",")]
-
-
-def parse_arguments(argv):
-    parser = OneLineParser(prog="luvc.py --bench", description=__doc__.splitlines()[0])
-    add, which = parser.add_argument, parser.add_mutually_exclusive_group()
-    which.add_argument("--model", default="toy", help="checkpoint folder (default: the toy)")
-    which.add_argument("--shape", help=f"random weights instead: {', '.join(SHAPES)}")
-    which.add_argument("--merge", action="store_true", help="merge_axis against global matching; no model")
     add("--tokens", type=wholes, default=[576, 1152], metavar="N,...", help="visual, per sample")
     add("--batch", type=whole, default=1, metavar="N")
     add("--text", type=whole, default=64, metavar="N", help="text tokens (default %(default)s)")
@@ -391,134 +509,31 @@ def parse_arguments(argv):
     add("--layers", type=whole, metavar="N", help="cut a shape to N layers, for a quick trial")
     add("--vision-keep", type=float, default=DEFAULT.vision_keep, metavar="F", help="as in LUVCConfig")
     add("--llm-keep", type=fractions, metavar="F|F,F,...", help="as in LUVCConfig")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default %(default)s)")
+    add("--device", default="cuda" if cuda else "cpu", help="(default %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="(default: bfloat16, on a CPU float32)")
     add("--attn", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"])
+    add(
+        "--flash",
+        action="store_true",
+        help="with sdpa: torch's flash kernel, or an error where it cannot run",
+    )
     add("--json", action="store_true", help="print one JSON object instead")
-    args = parser.parse_args(argv)
-    check_device(args.device)
+    args = parser.parse_args()
+    if args.text < 2:
+        parser.error(f"--text {args.text} must be at least 2: a token before and one behind the picture")
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)  # events and memory are those of the current device
-    if args.layers and not args.shape:
-        raise ValueError("--layers cuts a --shape; a checkpoint keeps its layers")
-    if args.text < 2:
-        raise ValueError(
-            f"--text {args.text} must be at least 2: one token before and one behind the picture"
-        )
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    args.config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep)
     return args
 
 
-def bench(args):
-    """Everything about one model: the object that --json prints."""
-    logging.disable_progress_bar()
-    if args.shape:
-        model = build(args.shape, args.device, getattr(torch, args.dtype), args.attn, args.layers)
-    else:
-        model, _ = load(args.model, args.device, args.dtype, args.attn)
-    rows = []
-    for wanted in sorted(args.tokens):
-        row = {"wanted": wanted}
-        try:
-            inputs, row["tokens"] = make_inputs(model, wanted, args.batch, args.text)
-            row |= time_prefill(model, inputs, args.config, args.repeats)
-            row |= time_decode(model, inputs, args.config, args.new_tokens, args.decode_repeats)
-        except torch.OutOfMemoryError:
-            row["error"] = "out of memory"
-        if "error" in row and torch.cuda.is_available():  # only now have the frames of the failure gone
-            torch.cuda.empty_cache()
-        print(json.dumps(row), file=sys.stderr)  # what was measured stays, whatever happens later
-        rows.append(row)
-    return {
-        "header": header(args.device, args.dtype, args.attn),
-        "model": args.shape or args.model,
-        "layers": len(find_layout(model).decoder.layers),
-        "weight_bytes": sum(p.nbytes for p in model.parameters()),
-        "batch": args.batch,
-        "text": args.text,
-        "break_even": break_even(
-            [(row["tokens"], row["ratio"]["prefill"]) for row in rows if "ratio" in row]
-        ),
-        "rows": rows,
-    }
-
-
-def milliseconds(values):
-    return "{:.4g} ({:.4g} to {:.4g})".format(*values)
-
-
-def times(both):
-    plain, luvc = both["plain"], both["luvc"]
-    return f"{milliseconds(plain)} -> {milliseconds(luvc)} ms, {plain[0] / (luvc[0] or 1):.2f}x"
-
-
-def mebibytes(both):
-    return f"{both['plain'] / 2**20:,.1f} -> {both['luvc'] / 2**20:,.1f} MiB"
-
-
-def cells(row):
-    """One column of the table: title -> what is printed there."""
-    column = {}
-    if "ratio" in row:
-        for part, title in (("encoder", "encoder"), ("llm", "LLM"), ("prefill", "whole prefill")):
-            column[title] = times({name: row[name][part] for name in ("plain", "luvc")})
-        column["LLM, by its FLOPs"] = f"{row['predicted']:.2f}x, of which {row['reached']:.0%} is reached"
-        for part, title in (("own", "own code"), ("sizes", "sizes, inside of the layers")):
-            share = row[part + "_share"]
-            column[title] = f"{milliseconds(row[part])} ms, {share:.1%} of the prefill"
-        column["KV cache after the prefill"] = mebibytes(row["kv_bytes"])
-    if "per_token" in row:
-        for count, both in row["per_token"].items():
-            column[f"per token, {count:,} new ones"] = times(both)
-        peak = row["peak_bytes"]
-        column["peak memory, weights included"] = mebibytes(peak) if peak else "not available"
-    return column
-
-
-def table(result):
-    """The object that --json prints, as Markdown."""
-    if "rows" not in result:
-        lines = [result["header"], "", "| 1,024 channels, 3/4 of each axis kept | ms |", "|---|---|"]
-        lines.append(f"| merge_axis, 64 x 64 | {milliseconds(result['merge_axis'])} |")
-        theirs, large = milliseconds(result["matching"]), milliseconds(result["merge_axis_128"])
-        lines.append(f"| global matching, 64 x 64 | {theirs}, {result['ratio']:.1f}x |")
-        lines.append(f"| merge_axis, 128 x 128 | {large}, {result['four_times_the_tokens']:.2f}x |")
-        return "\n".join(lines)
-    columns = [cells(row) for row in result["rows"]]
-    failed = [row.get("error", "") for row in result["rows"]]
-    titles = dict.fromkeys(itertools.chain(*columns))  # in order, each once
-    body = [[title, *(c.get(title, f) for c, f in zip(columns, failed, strict=True))] for title in titles]
-    top = [
-        "plain -> LUVC",
-        *(f"{row.get('tokens', row['wanted']):,} visual tokens" for row in result["rows"]),
-    ]
-    weights = f"{result['layers']} layers, weights {result['weight_bytes'] / 2**20:,.0f} MiB"
-    return "\n".join(
-        [
-            f"{result['model']}, {weights}, batch {result['batch']}, {result['text']} text tokens",
-            result["header"] + "\n",
-            *("| " + " | ".join(line) + " |" for line in (top, ["---"] * len(top), *body)),
-            f"\nPrefills are faster from this number of visual tokens on: {result['break_even']}.",
-        ]
-    )
-
-
-def main(argv=None) -> int:
-    """The command line. Returns the exit code: 0, or 2 after one line about what was wrong."""
-    try:
-        args = parse_arguments(argv)
-        if args.merge:
-            result = {"header": header(args.device, args.dtype, "no attention")}
-            result |= time_merge(args.device, getattr(torch, args.dtype), args.repeats)
-        else:
-            result = bench(args)
-    except ValueError as error:
-        print(f"luvc.py --bench: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return 2
+def main():
+    args = parse_arguments()
+    transformers.utils.logging.disable_progress_bar()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if args.flash else contextlib.nullcontext():
+        result = measure(args)
     print(json.dumps(result) if args.json else table(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

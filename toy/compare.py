@@ -1,42 +1,46 @@
-"""Near-lossless, measured: the toy with and without LUVC, and with other ways to choose the same number of
-tokens.
+"""Near-lossless, measured: the toy with and without LUVC, and with simpler ways to the same number of tokens.
 
-    python toy/compare.py                 # the table of the README: 1,040 questions about 130 unseen scenes
+    python toy/compare.py                 # the table of the README: 200 unseen scenes and 100 unseen pairs
     python toy/compare.py --scenes 20     # a quick look
 
-Columns: share of the questions answered right, word for word; share of the answers equal to the plain
-model's; KL divergence of the next word's distribution from the plain model's, in nats, averaged over the
-words of the plain answer up to the first that differs; share of the visual tokens that the decoder layers
-still process, of all visual tokens times all layers; visual tokens in the last layer.
+right           share of the questions answered right, word for word, with a 95 % interval (bootstrap over scenes)
+against LUVC    points more or less than LUVC with its defaults, same scenes, with a 95 % interval
+same answer     share of the answers equal to the plain model's
+KL              divergence of the next word's distribution from the plain model's, in nats, averaged over the
+                words of the plain answer up to the first that differs
+left            of all visual tokens times all layers of the LLM, what is processed
+
+The tokens that are kept do not depend on the question. So a picture is read once, and its KV cache is copied for
+each question about it. (Attention-ranked tokens do depend on it: there each question reads the picture anew.)
 """
 
 import argparse
+import contextlib
+import copy
+import functools
+import json
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from luvc import LUVC, LUVCConfig, load  # noqa: E402
-from toy.make import draw_sample  # noqa: E402
+from luvc import LUVC, LUVCConfig, family_of, load, spectral_prune  # noqa: E402
+from toy.make import draw_pair, draw_sample, prompt_of  # noqa: E402
+
+# ---- Other ways to choose and to merge, with the contracts of `LUVCConfig.prune` and `LUVCConfig.merge` --------
 
 
-def held_out(scenes, first=0):
-    """Questions about unseen scenes: a list of dicts with scene, picture, kind, prompt and answer."""
-    questions = []
-    for seed in range(first, first + scenes):
-        _, picture, asked = draw_sample(seed)
-        for kind, _, prompt, answer in asked:
-            item = {"scene": seed, "kind": kind, "prompt": prompt, "answer": answer}
-            questions.append(item | {"picture": Image.fromarray(picture)})
-    return questions
-
-
-# ---- Other ways to choose. Those that prune go into LUVCConfig(score=...), those that merge into merge=... -----
+def even_tokens(x, keep):
+    """`keep` tokens at equal distances."""
+    position = torch.arange(keep, device=x.device)
+    return ((2 * position + 1) * x.shape[1] // (2 * max(keep, 1))).expand(len(x), keep)
 
 
 def random_tokens(seed):
@@ -44,20 +48,10 @@ def random_tokens(seed):
     generator = torch.Generator().manual_seed(seed)
 
     def choose(x, keep):
-        return (
-            torch.rand(x.shape[:2], generator=generator)
-            .topk(keep, dim=1)
-            .indices.sort(dim=1)
-            .values.to(x.device)
-        )
+        lottery = torch.rand(x.shape[:2], generator=generator)
+        return lottery.topk(keep, dim=1).indices.sort(dim=1).values.to(x.device)
 
     return choose
-
-
-def even_tokens(x, keep):
-    """`keep` tokens at equal distances."""
-    position = torch.arange(keep, device=x.device)
-    return ((2 * position + 1) * x.shape[1] // (2 * max(keep, 1))).expand(len(x), keep)
 
 
 def pool_axis(x, size, keep, axis):
@@ -73,109 +67,306 @@ def pool_axis(x, size, keep, axis):
     return merged / total[..., None].to(x.dtype), total, parent
 
 
-QUARTER = {"llm_keep": 1.0, "vision_keep": 0.25}
+class AttentionRanked:
+    """FastV's rule: keep what the last text token attends to most in the layer before, averaged over the heads.
+
+    Attention weights have to be seen for that, so the model must run "eager" attention, which writes them out.
+    A hook takes them from each layer. It knows where pictures are because the questions of a batch are equally
+    long: nothing is padded, and a layer's positions are text and visual tokens in the order of the prompt.
+    """
+
+    def __init__(self, model):
+        self.weights, self.before = None, []  # before: text tokens in front of each picture
+        for layer in family_of(model).decoder.layers:
+            layer.self_attn.register_forward_hook(self.look)
+
+    def look(self, module, args, output):
+        self.weights = output[1][:, :, -1].mean(1)  # (B, heads, K, K) -> (B, K)
+
+    def __call__(self, x, keep):
+        if keep == 0:
+            return torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+        N = x.shape[1]
+        starts = [text + number * N for number, text in enumerate(self.before)]
+        seen = torch.stack([self.weights[:, start : start + N] for start in starts], 1).flatten(0, 1)
+        return seen.topk(keep, dim=1).indices.sort(dim=1).values
+
+
+def downsampled(model, side):
+    """The model with an encoder for pictures of side x side patches: its position embeddings are interpolated."""
+    model = copy.deepcopy(model)
+    vision = family_of(model).vision
+    table = getattr(vision, "vision_model", vision).embeddings
+    forward = table.forward
+    table.forward = lambda pixels, **_: forward(pixels, interpolate_pos_encoding=True)
+    model.config.vision_config.image_size = side * model.config.vision_config.patch_size
+    return model
+
+
+@dataclass
+class Method:
+    """One row of the table."""
+
+    name: str
+    config: LUVCConfig | None = None  # None: the plain model
+    side: int = 24  # patches along a side of the picture; fewer: it is downsampled
+    ranked: bool = False  # by attention
+
+
+QUARTER, PRUNED = {"llm_keep": 1.0, "vision_keep": 0.28125}, {"vision_keep": 1.0}
+REVERSED = functools.partial(spectral_prune, score="smooth")
 METHODS = [
-    ("plain", None),
-    ("LUVC: OIM and SPU, the defaults", LUVCConfig()),
-    ("LUVC without token sizes", LUVCConfig(sizes=False)),
-    ("OIM alone", LUVCConfig(llm_keep=1.0)),
-    ("OIM alone, to 25 %", LUVCConfig(**QUARTER)),
-    ("average pooling, to 25 %", LUVCConfig(**QUARTER, merge=pool_axis)),
-    ("OIM alone, to 25 %, without token sizes", LUVCConfig(**QUARTER, sizes=False)),
-    ("average pooling, to 25 %, without token sizes", LUVCConfig(**QUARTER, sizes=False, merge=pool_axis)),
-    ("SPU alone", LUVCConfig(vision_keep=1.0)),
-    ("SPU alone, scored in a projection to 16 channels", LUVCConfig(vision_keep=1.0, channels=16)),
-    ("SPU alone, without bringing tokens to norm 1", LUVCConfig(vision_keep=1.0, normalize=False)),
-    ("SPU alone, reversed (keeps what is smooth)", LUVCConfig(vision_keep=1.0, score="smooth")),
-    ("evenly spread in place of SPU", LUVCConfig(vision_keep=1.0, score=even_tokens)),
-    *[
-        (f"random in place of SPU, seed {s}", LUVCConfig(vision_keep=1.0, score=random_tokens(s)))
-        for s in range(3)
-    ],
-    ("SPU alone, without token sizes", LUVCConfig(vision_keep=1.0, sizes=False)),
-    ("evenly spread, without token sizes", LUVCConfig(vision_keep=1.0, score=even_tokens, sizes=False)),
-    ("random, seed 0, without token sizes", LUVCConfig(vision_keep=1.0, score=random_tokens(0), sizes=False)),
+    Method("plain"),
+    Method("LUVC: OIM and SPU, the defaults", LUVCConfig()),
+    Method("in place of the SPU: evenly spread", LUVCConfig(prune=even_tokens)),
+    *[Method(f"- random, seed {seed}", LUVCConfig(prune=random_tokens(seed))) for seed in range(3)],
+    Method("- the SPU reversed (keeps what is smooth)", LUVCConfig(prune=REVERSED)),
+    Method("- ranked by the last word's attention", LUVCConfig(), ranked=True),
+    Method("in place of the OIM: average pooling", LUVCConfig(merge=pool_axis)),
+    Method("LUVC without token sizes", LUVCConfig(sizes=False)),
+    Method("SPU alone", LUVCConfig(**PRUNED)),
+    Method("OIM alone", LUVCConfig(llm_keep=1.0)),
+    Method("OIM alone, to as many tokens as LUVC", LUVCConfig(**QUARTER)),
+    Method("average pooling alone, to as many", LUVCConfig(**QUARTER, merge=pool_axis)),
+    Method("a smaller picture, 13 x 13 patches", side=13),
 ]
 
-# ---- Measuring -------------------------------------------------------------------------------------------------
+# ---- Questions and answers ---------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def answers(model, processor, questions, config, batch=16, words=3):
-    """Greedy answers: (texts, token ids (Q, words), log-probabilities (Q, words, vocabulary), report of one batch)."""
-    texts, tokens, logs, report = [], [], [], None
-    for start in tqdm(range(0, len(questions), batch), file=sys.stderr, leave=False):
-        part = questions[start : start + batch]
-        prompts = [f"USER: <image>\n{q['prompt']} ASSISTANT:" for q in part]
-        inputs = processor(
-            images=[q["picture"] for q in part], text=prompts, padding=True, return_tensors="pt"
-        )
-        inputs = inputs.to(model.device, model.dtype)
-        ask = {"max_new_tokens": words, "min_new_tokens": words, "do_sample": False, "eos_token_id": None}
-        ask |= {"output_logits": True, "return_dict_in_generate": True}
-        if config is None:
-            out = model.generate(**inputs, **ask)
-        else:
-            with LUVC(model, config) as luvc:
-                out = model.generate(**inputs, **ask)
-            report = luvc.report()
-        new = out.sequences[:, inputs["input_ids"].shape[1] :].cpu()
-        ended = (new == processor.tokenizer.eos_token_id).cumsum(1) > 0  # what follows </s> is no answer
-        new = new.masked_fill(ended, processor.tokenizer.eos_token_id)
-        texts += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-        tokens.append(new)
-        logs.append(torch.stack(out.logits, 1).float().log_softmax(-1).cpu())
-    return texts, torch.cat(tokens), torch.cat(logs), report
+@dataclass
+class Scene:
+    """Questions about the same picture, or pair of pictures."""
+
+    name: str
+    pixels: torch.Tensor  # (pictures, 3, height, width)
+    asked: list[tuple[str, str, str]]  # (kind, question, answer)
 
 
-def compare(model, processor, questions, methods=METHODS):
-    """One dict per method: name, accuracy, agreement, kl, token_layers_left, last_layer. The first method is plain."""
-    rows, truth, plain = [], [q["answer"] for q in questions], None
-    for name, config in methods:
-        texts, tokens, logs, report = answers(model, processor, questions, config)
-        if plain is None:
-            plain = texts, tokens, logs
-        same = (tokens == plain[1]).long().cumprod(1)  # (Q, words): 1 up to the first word that differs
+def held_out(processor, scenes, pairs, first=0):
+    """Scenes that the toy was not trained on: `scenes` with one picture, `pairs` with two."""
+    drawn = [(f"scene {seed}", *draw_sample(seed)[1:]) for seed in range(first, first + scenes)]
+    drawn = [(name, [picture], asked) for name, picture, asked in drawn]
+    drawn += [(f"pair {seed}", *draw_pair(seed)[1:]) for seed in range(first, first + pairs)]
+    answer = []
+    for name, pictures, asked in drawn:
+        pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        answer.append(Scene(name, pixels, [(kind, question, text) for kind, _, question, text in asked]))
+    return answer
+
+
+WORDS = 3  # of an answer, </s> counted
+
+
+class Asker:
+    """Greedy answers of a model to questions about scenes, and how sure it was."""
+
+    def __init__(self, model, processor, method):
+        self.tokenizer, self.method, self.model = processor.tokenizer, method, model
+        if method.side != 24:
+            self.model = downsampled(model, method.side)
+        self.image, self.slots = self.model.config.image_token_id, method.side**2
+        config, self.rank = method.config, AttentionRanked(self.model) if method.ranked else None
+        if self.rank:
+            config = replace(config, prune=self.rank)
+        self.luvc = LUVC(self.model, config) if config else None
+        self.left = []  # token-layers left, one number per batch
+
+    def encode(self, question, pictures):
+        """A prompt as ids, in two parts: up to the last placeholder, and behind it."""
+        ids = []
+        for token in self.tokenizer(prompt_of(question, pictures))["input_ids"]:
+            ids += [token] * (self.slots if token == self.image else 1)
+        end = len(ids) - ids[::-1].index(self.image)
+        return ids[:end], ids[end:]
+
+    def read(self, scenes, rows):
+        """Prefill of prompts, `rows` of ids, about the pictures of scenes."""
+        pixels = torch.cat([scene.pixels for scene in scenes])
+        if self.method.side != 24:
+            side = self.method.side * self.model.config.vision_config.patch_size
+            pixels = nn.functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
+        out = self.model(input_ids=torch.tensor(rows), pixel_values=pixels, use_cache=True, logits_to_keep=1)
+        if self.luvc:
+            report = self.luvc.report()
+            share = sum(report.visual_tokens) / (report.visual_full * len(report.visual_tokens))
+            self.left.append((share, len(scenes)))
+        return out
+
+    def speak(self, out, mask, position):
+        """Further words: (tokens (Q, WORDS), log-probabilities (Q, WORDS, vocabulary))."""
+        tokens, logs = [], []
+        for step in range(WORDS):
+            logs.append(out.logits[:, -1].log_softmax(-1))
+            tokens.append(out.logits[:, -1].argmax(-1))
+            if step + 1 < WORDS:
+                mask, position = nn.functional.pad(mask, (0, 1), value=1), position + 1
+                ask = {"input_ids": tokens[-1][:, None], "attention_mask": mask, "position_ids": position}
+                out = self.model(**ask, past_key_values=out.past_key_values, use_cache=True)
+        return torch.stack(tokens, 1), torch.stack(logs, 1)
+
+    def ask(self, scenes):
+        """All questions about scenes with equally many pictures, each picture read once."""
+        pictures, word = len(scenes[0].pixels), self.tokenizer.convert_tokens_to_ids("what")
+        prefix, _ = self.encode("", pictures)
+        out = self.read(scenes, [[*prefix, word]] * len(scenes))  # no prompt may end with a picture ...
+        owner = torch.tensor([number for number, scene in enumerate(scenes) for _ in scene.asked])
+        for (
+            layer
+        ) in out.past_key_values.layers:  # ... so forget that word, and copy the cache for each question
+            layer.keys, layer.values = layer.keys[owner, :, :-1], layer.values[owner, :, :-1]
+            if hasattr(layer, "seen"):
+                layer.seen -= 1
+        behind = [self.encode(question, pictures)[1] for scene in scenes for _, question, _ in scene.asked]
+        S, pad = max(map(len, behind)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (S - len(row)) + row for row in behind])
+        mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in behind])
+        position = (len(prefix) + mask.cumsum(1) - 1) * mask
+        mask = nn.functional.pad(mask, (len(prefix), 0), value=1)
+        ask = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "logits_to_keep": 1}
+        out = self.model(**ask, past_key_values=out.past_key_values, use_cache=True)
+        return self.speak(out, mask, position[:, -1:])
+
+    def ask_each(self, scenes):
+        """The same, each question with a prefill of its own."""
+        pictures = len(scenes[0].pixels)
+        asked = [
+            (scene, *self.encode(question, pictures)) for scene in scenes for _, question, _ in scene.asked
+        ]
+        answer, length = [None] * len(asked), [len(behind) for _, _, behind in asked]
+        for S in sorted(set(length)):
+            which = [number for number, own in enumerate(length) if own == S]
+            rows = [asked[number][1] + asked[number][2] for number in which]
+            if self.rank:
+                text = np.array(rows[0]) != self.image
+                starts = np.flatnonzero(text[:-1] & ~text[1:]) + 1
+                self.rank.before = [int(text[:start].sum()) for start in starts]
+            out = self.read([asked[number][0] for number in which], rows)
+            mask, position = torch.ones(len(rows), len(rows[0]), dtype=torch.long), len(rows[0]) - 1
+            tokens, logs = self.speak(out, mask, torch.full((len(rows), 1), position))
+            for row, number in enumerate(which):
+                answer[number] = tokens[row], logs[row]
+        return tuple(map(torch.stack, zip(*answer, strict=True)))
+
+    @torch.inference_mode()
+    def answers(self, scenes, batch=4, each=False):
+        """(texts, tokens (Q, WORDS), log-probabilities (Q, WORDS, vocabulary)), question by question."""
+        parts, groups = [], {}
+        for scene in scenes:
+            groups.setdefault(len(scene.pixels), []).append(scene)
+        with self.luvc or contextlib.nullcontext():
+            for group in groups.values():
+                for start in tqdm(range(0, len(group), batch), file=sys.stderr, leave=False):
+                    each = each or self.rank is not None
+                    parts.append((self.ask_each if each else self.ask)(group[start : start + batch]))
+        tokens, logs = map(torch.cat, zip(*parts, strict=True))
+        end = self.tokenizer.eos_token_id
+        tokens = tokens.masked_fill((tokens == end).cumsum(1) > 0, end)  # what follows </s> is no answer
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts], tokens, logs
+
+    def share_left(self):
+        if self.luvc is None:
+            return (self.method.side / 24) ** 2
+        return sum(share * n for share, n in self.left) / sum(n for _, n in self.left)
+
+
+# ---- Measuring ---------------------------------------------------------------------------------------------
+
+
+def measure(model, processor, scenes, methods, eager=None, store=None, batch=4):
+    """{name: {"right", "same", "kl": one number per question, "left": a share}}. The first method is plain.
+
+    Args: scenes, those of `held_out`, sorted by the number of pictures; eager, the same model with eager attention;
+        store, a JSON file where rows are kept, so that an interrupted run goes on.
+    """
+    rows = json.loads(store.read_text()) if store and store.exists() else {}
+    truth = [text for scene in scenes for _, _, text in scene.asked]
+    plain, end = None, processor.tokenizer.eos_token_id
+    for method in methods:
+        if method.name in rows and plain is not None:
+            continue
+        asker = Asker(eager if method.ranked else model, processor, method)
+        texts, tokens, logs = asker.answers(scenes, batch)
+        plain = (texts, tokens, logs) if plain is None else plain
+        same = (tokens == plain[1]).long().cumprod(1)  # (Q, WORDS): 1 up to the first word that differs
         before = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], dim=1)
-        comparable = (before == 1) & (plain[1] != processor.tokenizer.eos_token_id)
-        kl = (plain[2].exp() * (plain[2] - logs)).sum(-1)[comparable].mean().item()
-        left, last = 1.0, LUVC(model).layout.slots
-        if report is not None:
-            left = sum(report.visual_tokens) / (report.visual_full * len(report.visual_tokens))
-            last = report.visual_tokens[-1] * LUVC(model).layout.slots // report.visual_full  # of one picture
-        rows.append(
-            {
-                "name": name,
-                "accuracy": sum(a == b for a, b in zip(texts, truth, strict=True)) / len(truth),
-                "agreement": sum(a == b for a, b in zip(texts, plain[0], strict=True)) / len(truth),
-                "kl": kl,
-                "token_layers_left": left,
-                "last_layer": last,
-            }
+        first_end = torch.cat([torch.zeros_like(same[:, :1]), (plain[1] == end).long()[:, :-1]], dim=1)
+        comparable = (before == 1) & (first_end == 0)
+        kl = (plain[2].exp() * (plain[2] - logs)).sum(-1).masked_fill(~comparable, 0).sum(1) / comparable.sum(
+            1
         )
-        hits = {}
-        for question, text in zip(questions, texts, strict=True):
-            hits.setdefault(question["kind"], []).append(text == question["answer"])
-        rows[-1]["by_kind"] = {kind: sum(hit) / len(hit) for kind, hit in sorted(hits.items())}
-        print(rows[-1], file=sys.stderr)  # the share right of every kind of question is seen here
+        rows[method.name] = {
+            "right": [int(a == b) for a, b in zip(texts, truth, strict=True)],
+            "same": [int(a == b) for a, b in zip(texts, plain[0], strict=True)],
+            "kl": kl.tolist(),
+            "left": asker.share_left(),
+        }
+        if store:
+            store.write_text(json.dumps(rows))
+        kinds = by_kind(scenes, rows[method.name]["right"])
+        print(method.name, {k: f"{v:.1%}" for k, v in kinds.items()}, file=sys.stderr, flush=True)
     return rows
 
 
+def by_kind(scenes, right):
+    """{kind: share of the questions of that kind}, and "all"."""
+    hits = {"all": right}
+    kinds = [kind for scene in scenes for kind, _, _ in scene.asked]
+    for kind, hit in zip(kinds, right, strict=True):
+        hits.setdefault(kind, []).append(hit)
+    return {kind: float(np.mean(hit)) for kind, hit in hits.items()}
+
+
+def bootstrap(scenes, values, rounds=2000, seed=0):
+    """(mean over questions, lower and upper end of its 95 % interval): whole scenes are drawn with replacement."""
+    number = np.array([len(scene.asked) for scene in scenes])
+    total = np.add.reduceat(np.asarray(values, float), np.cumsum(number) - number)
+    draw = np.random.default_rng(seed).integers(0, len(scenes), (rounds, len(scenes)))
+    means = total[draw].sum(1) / number[draw].sum(1)
+    return total.sum() / number.sum(), *np.quantile(means, [0.025, 0.975])
+
+
+def table(scenes, rows, luvc=METHODS[1].name):
+    """Markdown, one line per method."""
+    kinds = list(by_kind(scenes, rows[luvc]["right"]))[1:]
+    head = ["", "right", "against LUVC", *kinds, "same answer", "KL", "left"]
+    lines = [head, ["---"] * len(head)]
+    for name, row in rows.items():
+        mean, low, high = bootstrap(scenes, row["right"])
+        cells = [name, f"{mean:.1%} ({low:.1%} to {high:.1%})"]
+        mean, low, high = bootstrap(scenes, 100 * (np.array(row["right"]) - np.array(rows[luvc]["right"])))
+        cells.append("" if name == luvc else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+        shares = by_kind(scenes, row["right"])
+        cells += [f"{shares[kind]:.1%}" for kind in kinds]
+        cells += [f"{np.mean(row['same']):.1%}", f"{np.mean(row['kl']):.4f}", f"{row['left']:.0%}"]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parser(about):
+    """What the command lines of this file and `curve.py` have in common."""
+    parser = argparse.ArgumentParser(description=about)
+    add = parser.add_argument
+    add("--model", default="toy", help="checkpoint folder (default: the toy)")
+    add("--first", type=int, default=0, help="seed of the first scene; LUVC was tuned on seeds from 5,000")
+    add("--batch", type=int, default=4, help="scenes at a time (default %(default)s)")
+    add("--store", type=Path, metavar="FILE", help="JSON: keeps what is measured, an interrupted run goes on")
+    return parser
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=130, help="of 8 questions each; default %(default)s")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    model, processor = load("toy", args.device, "float32", "sdpa")
-    questions = held_out(args.scenes)
-    print(f"{len(questions)} questions about {args.scenes} unseen scenes, {args.device}, float32\n")
-    print("| | right | same answer | KL (nats) | visual token-layers left | in the last layer |")
-    print("|---|---|---|---|---|---|")
-    for row in compare(model, processor, questions):
-        print(
-            f"| {row['name']} | {row['accuracy']:.1%} | {row['agreement']:.1%} | {row['kl']:.4f} "
-            f"| {row['token_layers_left']:.0%} | {row['last_layer']} |"
-        )
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--scenes", type=int, default=200, help="default %(default)s")
+    arguments.add_argument("--pairs", type=int, help="scenes with two pictures; default: half as many")
+    args = arguments.parse_args()
+    (model, processor), (eager, _) = (load(args.model, "cpu", "float32", a) for a in ("sdpa", "eager"))
+    pairs = args.scenes // 2 if args.pairs is None else args.pairs
+    scenes = held_out(processor, args.scenes, pairs, args.first)
+    rows = measure(model, processor, scenes, METHODS, eager, args.store, args.batch)
+    asked = sum(len(scene.asked) for scene in scenes)
+    print(f"{asked:,} questions about {args.scenes} unseen pictures and {pairs} unseen pairs, CPU, float32\n")
+    print(table(scenes, rows))
 
 
 if __name__ == "__main__":
