@@ -332,7 +332,7 @@ class Prompt:
             return
         visual, alive, begins = torch.stack(
             [visual, size > 0, begins]
-        ).cpu()  # the host waits here; the layers do not
+        ).cpu()  # here the host waits, never later
         groups: dict[int, list] = {}  # pictures of equally many tokens are pruned together
         for b in range(B):
             at = visual[b].nonzero()[:, 0]

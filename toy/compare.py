@@ -1,14 +1,18 @@
 """Near-lossless, measured: the toy with and without LUVC, and with simpler ways to the same number of tokens.
 
-    python toy/compare.py                 # the table of the README: 200 unseen scenes and 100 unseen pairs
+    python toy/compare.py                 # the table of the README: 160 unseen scenes and 80 unseen pairs
     python toy/compare.py --scenes 20     # a quick look
+    python toy/compare.py --growing       # where it hurts: more and more compression, by kind of question
 
-right           share of the questions answered right, word for word, with a 95 % interval (bootstrap over scenes)
-against LUVC    points more or less than LUVC with its defaults, same scenes, with a 95 % interval
+right           share of the questions answered right, word for word
+against LUVC    points more or less than LUVC with its defaults, in the same scenes
+count, number   right among the questions of that kind: how many, reading numbers; two pictures (pair); the rest
 same answer     share of the answers equal to the plain model's
 KL              divergence of the next word's distribution from the plain model's, in nats, averaged over the
-                words of the plain answer up to the first that differs
+                words of the plain answer up to the first that differs, and over the questions
 left            of all visual tokens times all layers of the LLM, what is processed
+
+In brackets: 95 % intervals, from a bootstrap over scenes. All kinds of questions one by one go to stderr.
 
 The tokens that are kept do not depend on the question. So a picture is read once, and its KV cache is copied for
 each question about it. (Attention-ranked tokens do depend on it: there each question reads the picture anew.)
@@ -76,9 +80,15 @@ class AttentionRanked:
     """
 
     def __init__(self, model):
+        self.layers, self.handles = family_of(model).decoder.layers, []
         self.weights, self.before = None, []  # before: text tokens in front of each picture
-        for layer in family_of(model).decoder.layers:
-            layer.self_attn.register_forward_hook(self.look)
+
+    def __enter__(self):
+        self.handles = [layer.self_attn.register_forward_hook(self.look) for layer in self.layers]
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
 
     def look(self, module, args, output):
         self.weights = output[1][:, :, -1].mean(1)  # (B, heads, K, K) -> (B, K)
@@ -130,6 +140,20 @@ METHODS = [
     Method("average pooling alone, to as many", LUVCConfig(**QUARTER, merge=pool_axis)),
     Method("a smaller picture, 13 x 13 patches", side=13),
 ]
+
+
+def growing(layers):
+    """Methods for `--growing`: the merger from off to a quarter, with the pruner off, by default, and steeper."""
+    steep = [(1 - layer / (layers - 1)) ** 2 for layer in range(layers)]
+    schedules = {"pruner off": 1.0, "pruner linear": None, "pruner squared": steep}
+    methods = METHODS[:2]
+    for name, schedule in schedules.items():
+        for keep in (1.0, 0.75, 0.5625, 0.36, 0.25):
+            if (keep, schedule) not in ((1.0, 1.0), (0.5625, None)):  # plain and LUVC stand there already
+                config = LUVCConfig(vision_keep=keep, llm_keep=schedule)
+                methods.append(Method(f"vision_keep {keep}, {name}", config))
+    return methods
+
 
 # ---- Questions and answers ---------------------------------------------------------------------------------
 
@@ -254,11 +278,11 @@ class Asker:
         parts, groups = [], {}
         for scene in scenes:
             groups.setdefault(len(scene.pixels), []).append(scene)
-        with self.luvc or contextlib.nullcontext():
+        with self.luvc or contextlib.nullcontext(), self.rank or contextlib.nullcontext():
             for group in groups.values():
                 for start in tqdm(range(0, len(group), batch), file=sys.stderr, leave=False):
-                    each = each or self.rank is not None
-                    parts.append((self.ask_each if each else self.ask)(group[start : start + batch]))
+                    ask = self.ask_each if each or self.rank else self.ask
+                    parts.append(ask(group[start : start + batch]))
         tokens, logs = map(torch.cat, zip(*parts, strict=True))
         end = self.tokenizer.eos_token_id
         tokens = tokens.masked_fill((tokens == end).cumsum(1) > 0, end)  # what follows </s> is no answer
@@ -329,18 +353,26 @@ def bootstrap(scenes, values, rounds=2000, seed=0):
 
 def table(scenes, rows, luvc=METHODS[1].name):
     """Markdown, one line per method."""
-    kinds = list(by_kind(scenes, rows[luvc]["right"]))[1:]
-    head = ["", "right", "against LUVC", *kinds, "same answer", "KL", "left"]
-    lines = [head, ["---"] * len(head)]
+    kinds = [kind for scene in scenes for kind, _, _ in scene.asked]
+    columns = {kind: np.array([k == kind for k in kinds]) for kind in ("count", "number", "pair")}
+    columns["the rest"] = ~np.any(list(columns.values()), axis=0)
+    columns = {kind: which for kind, which in columns.items() if which.any()}
+    lines = [["", "right", "against LUVC", *columns, "same answer", "KL", "left"]]
+    lines.append(["---"] * len(lines[0]))
     for name, row in rows.items():
-        mean, low, high = bootstrap(scenes, row["right"])
-        cells = [name, f"{mean:.1%} ({low:.1%} to {high:.1%})"]
-        mean, low, high = bootstrap(scenes, 100 * (np.array(row["right"]) - np.array(rows[luvc]["right"])))
-        cells.append("" if name == luvc else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
-        shares = by_kind(scenes, row["right"])
-        cells += [f"{shares[kind]:.1%}" for kind in kinds]
-        cells += [f"{np.mean(row['same']):.1%}", f"{np.mean(row['kl']):.4f}", f"{row['left']:.0%}"]
-        lines.append(cells)
+        right, best = np.array(row["right"]), np.array(rows[luvc]["right"])
+        more = "{:+.1f} ({:+.1f} to {:+.1f})".format(*bootstrap(scenes, 100 * (right - best)))
+        cells = [
+            name,
+            "{:.1%} ({:.1%} to {:.1%})".format(*bootstrap(scenes, right)),
+            "" if name == luvc else more,
+        ]
+        cells += [f"{right[which].mean():.1%}" for which in columns.values()]
+        cells += [
+            f"{np.mean(row['same']):.1%}",
+            "{:.4f} ({:.4f} to {:.4f})".format(*bootstrap(scenes, row["kl"])),
+        ]
+        lines.append([*cells, f"{row['left']:.0%}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -357,13 +389,16 @@ def parser(about):
 
 def main():
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--scenes", type=int, default=200, help="default %(default)s")
+    arguments.add_argument("--scenes", type=int, default=160, help="default %(default)s")
     arguments.add_argument("--pairs", type=int, help="scenes with two pictures; default: half as many")
+    arguments.add_argument("--growing", action="store_true", help="more and more compression instead")
     args = arguments.parse_args()
     (model, processor), (eager, _) = (load(args.model, "cpu", "float32", a) for a in ("sdpa", "eager"))
     pairs = args.scenes // 2 if args.pairs is None else args.pairs
     scenes = held_out(processor, args.scenes, pairs, args.first)
-    rows = measure(model, processor, scenes, METHODS, eager, args.store, args.batch)
+    methods = growing(len(family_of(model).decoder.layers)) if args.growing else METHODS
+    rows = measure(model, processor, scenes, methods, eager, args.store, args.batch)
+    rows = {method.name: rows[method.name] for method in methods}
     asked = sum(len(scene.asked) for scene in scenes)
     print(f"{asked:,} questions about {args.scenes} unseen pictures and {pairs} unseen pairs, CPU, float32\n")
     print(table(scenes, rows))
