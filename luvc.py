@@ -657,7 +657,7 @@ class PackedGrids(Grids):
 
     def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
         x = x.reshape(-1, unit**2 * x.shape[-1])
-        x = x if self.order is None else x[self.order.argsort()]
+        x = x if self.order is None else x[self.order.argsort().to(x.device)]
         parts = x.split([size.numel() for size in self.size])
         return [part.view(*size.shape, -1) for part, size in zip(parts, self.size, strict=True)]
 
