@@ -42,6 +42,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -215,9 +216,12 @@ def spectral_prune(x: Tensor, keep: int, cutoff: float = 0.5, score: str = "deta
     single = torch.finfo(torch.float32)
     x = x.float() / x.float().norm(dim=-1, keepdim=True).clamp(min=single.tiny)
     value = spectral_score(x, cutoff, score)
-    # In steps, so that scores tie which differ by rounding errors alone, whatever kernel made the tokens.
-    step = (value.amax(dim=1, keepdim=True) / 16384).clamp(min=32 * single.eps)
-    order = (value / step).round().sort(dim=1, descending=True, stable=True).indices
+    # In steps, so that scores tie which differ by rounding errors alone, whatever kernel made the tokens. The
+    # highest score is a whole number of steps: scores that equal it must not straddle two.
+    top = value.amax(dim=1, keepdim=True)
+    steps = (top / (32 * single.eps)).floor().clamp(max=16384)
+    value = (value / top.clamp(min=single.tiny) * steps).round()
+    order = value.sort(dim=1, descending=True, stable=True).indices
     return order[:, :keep].sort(dim=1).values
 
 
@@ -259,17 +263,18 @@ class LUVCConfig:
     say `functools.partial(spectral_prune, cutoff=0.25)`, and for ideas of your own."""
 
     def __post_init__(self):
-        if not 0 < self.vision_keep <= 1:
+        if not isinstance(self.vision_keep, Real) or not 0 < self.vision_keep <= 1:
             raise ValueError(f"vision_keep={self.vision_keep} must lie in (0, 1]; 1.0 turns the merger off")
         if not isinstance(self.vision_steps, int) or self.vision_steps < 1:
             raise ValueError(f"vision_steps={self.vision_steps} must be a whole number of at least 1")
-        if not callable(self.merge) or not callable(self.prune):
-            raise ValueError(f"merge={self.merge!r} and prune={self.prune!r} must be functions")
+        if not callable(self.merge) or not callable(self.prune) or not isinstance(self.sizes, bool):
+            got = f"merge={self.merge!r}, prune={self.prune!r}, sizes={self.sizes!r}"
+            raise ValueError(f"{got}: they must be a function, a function, and True or False")
         if isinstance(self.llm_keep, Sequence) and not isinstance(self.llm_keep, str):
             object.__setattr__(self, "llm_keep", tuple(self.llm_keep))  # the caller's list stays the caller's
         given = (1.0,) if self.llm_keep is None else self.llm_keep
         given = given if isinstance(given, tuple) else (given,)
-        if not given or not all(isinstance(f, (int, float)) and 0 <= f <= 1 for f in given):
+        if not given or not all(isinstance(f, Real) and 0 <= f <= 1 for f in given):
             raise ValueError(f"llm_keep={self.llm_keep} must be None or in [0, 1]; 1.0 turns the pruner off")
         if any(before < after for before, after in itertools.pairwise(given)):
             raise ValueError(f"llm_keep={self.llm_keep} rises, but a pruned token never comes back")

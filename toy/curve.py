@@ -3,9 +3,9 @@
     python toy/curve.py                   # writes toy/curve.png: 96 unseen scenes and 48 unseen pairs, seeds from 300
     python toy/curve.py --store FILE      # keeps what is measured; a second call only draws
 
-A point is one setting, on the same questions; to the right are the shares of visual tokens times LLM layers that
-are processed. What prunes in the LLM ("SPU", "evenly spread", "random") stands behind the merger at its default
-and follows the schedule (1 - l / (L - 1)) ** p of layer l of L: the default is p = 1, smaller p leaves more.
+A point is one setting, all on the same questions. LUVC gets smaller in two ways: it merges more (`vision_keep` falls,
+`llm_keep` stays linear), or it prunes more: behind the merger at its default, layer l of L keeps
+(1 - l / (L - 1)) ** p of the tokens, p = 1 being the default. Random and evenly spread tokens follow the latter.
 """
 
 import sys
@@ -20,26 +20,30 @@ from luvc import LUVCConfig, family_of, load, spectral_prune  # noqa: E402
 from toy.compare import Method, by_kind, even_tokens, held_out, measure, parser, pool_axis, random_tokens  # noqa: E402
 
 POWERS = (0.1, 0.4, 1, 1.7, 3, 6, 20)  # with the merger at its default 51, 40, 28, 21, 15, 10, 5 % are left
-KEEPS = (0.6, 0.45, 0.3, 0.2, 0.14, 0.09, 0.06)
+KEEPS = (0.6, 0.45, 0.3, 0.2, 0.14, 0.09, 0.06)  # merging alone
+VISION_KEEPS = (1.0, 0.75, 0.5625, 0.42, 0.3, 0.2, 0.12)  # both units: half of that is left
 SIDES = (18, 16, 13, 11, 9, 7, 6)
-LINES = {  # name: colour and marker
-    "LUVC (OIM and SPU)": ("#c1272d", "o"),
-    "evenly spread in place of the SPU": ("#0072b2", "s"),
-    "random in place of the SPU": ("#56b4e9", "^"),
-    "OIM alone": ("#e69f00", "D"),
-    "average pooling alone": ("#009e73", "v"),
-    "a smaller picture": ("#666666", "X"),
+LINES = {  # name: colour, marker and line
+    "LUVC, merging more": ("#c1272d", "o", "--"),
+    "LUVC, pruning more": ("#c1272d", "o", "-"),
+    "evenly spread in place of the SPU": ("#0072b2", "s", "-"),
+    "random in place of the SPU": ("#56b4e9", "^", "-"),
+    "OIM alone": ("#e69f00", "D", "-"),
+    "average pooling alone": ("#009e73", "v", "-"),
+    "a smaller picture": ("#666666", "X", "-"),
 }
 
 
 def methods(layers):
     """{name of a line: its methods, from many tokens to few}."""
     points = {name: [] for name in LINES}
-    choosers = dict(zip(LINES, (spectral_prune, even_tokens, random_tokens(0)), strict=False))
-    for name, prune in choosers.items():
+    choosers = spectral_prune, even_tokens, random_tokens(0)
+    for name, prune in zip(list(LINES)[1:4], choosers, strict=True):
         for power in POWERS:
             keep = [(1 - layer / (layers - 1)) ** power for layer in range(layers)]
             points[name].append(Method(f"{name}, p = {power}", LUVCConfig(llm_keep=keep, prune=prune)))
+    for keep in VISION_KEEPS:
+        points["LUVC, merging more"].append(Method(f"LUVC, vision_keep {keep}", LUVCConfig(vision_keep=keep)))
     for keep in KEEPS:
         config = {"vision_keep": keep, "llm_keep": 1.0}
         points["OIM alone"].append(Method(f"OIM to {keep}", LUVCConfig(**config)))
@@ -61,12 +65,13 @@ def draw(scenes, rows, points, where):
     panels.append(("divergence from the plain model, nats", None))
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     for (title, kind), axis in zip(panels, axes, strict=True):
-        for name, (colour, marker) in LINES.items():
+        for name, (colour, marker, line) in LINES.items():
             row = [rows[method.name] for method in points[name]]
             x = [100 * r["left"] for r in row]
             y = [100 * by_kind(scenes, r["right"])[kind] if kind else np.mean(r["kl"]) for r in row]
             width = 2.4 if name.startswith("LUVC") else 1.4
-            axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=width, label=name)
+            style = {"color": colour, "marker": marker, "markersize": 5, "linestyle": line}
+            axis.plot(x, y, **style, linewidth=width, label=name)
         if kind:
             axis.axhline(
                 100 * plain[kind], color="black", linewidth=1, linestyle=":", label="plain, 100 % left"
