@@ -82,7 +82,13 @@ def draw(scenes, rows, points, where):
         axis.set_xlabel("visual token-layers left in the LLM, %")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        handlelength=3.5,
+    )
     figure.savefig(where, dpi=110)
 
 
