@@ -893,12 +893,16 @@ class LUVC:
             raise ValueError("LUVC finds the pictures by input_ids; pass these instead of inputs_embeds")
         features = ("pixel_values", "mm_encoder_outputs", "image_hidden_states")  # raw, or encoded ahead
         given = (isinstance(v, Tensor) or v for key, v in kwargs.items() if key.startswith(features))
-        CALL.set(ids if any(given) or len(args) > 1 else None)  # without pictures a stray placeholder is text
-        return plain(*args, **kwargs)
+        ids = ids if any(given) or len(args) > 1 else None  # without pictures a stray placeholder is text
+        call = CALL.set(ids)
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            CALL.reset(call)
 
     def _run_decoder(self, decoder, plain, *args, **kwargs):
         """Find out what is where in the prompt, and let the KV cache count logical positions."""
-        ids, _ = CALL.get(), CALL.set(None)
+        ids = CALL.get()
         embeds, mask, cache = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "past_key_values"))
         # Without embeds somebody calls the LLM alone, with text.
         given = (args[0] if args else kwargs["input_ids"]) if embeds is None else embeds
@@ -1089,7 +1093,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add, default = parser.add_argument, LUVCConfig()
     add("--model", default="toy", help="checkpoint folder or hub name (default: the toy beside this file)")
     add("--image", default=TOY / "example.png", help="picture file (default: the toy's example)")
-    add("--prompt", default="what colour is the striped thing?", help="(default: %(default)r)")
+    add("--prompt", default="what number is on the striped thing?", help="(default: %(default)r)")
     add("--vision-keep", type=float, default=default.vision_keep, metavar="F", help="as in LUVCConfig")
     add("--llm-keep", type=fractions, default=default.llm_keep, metavar="F|F,F,...", help="as in LUVCConfig")
     add("--max-new-tokens", type=int, default=16, metavar="N")
