@@ -530,10 +530,15 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     transformers.utils.logging.disable_progress_bar()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if args.flash else contextlib.nullcontext():
-        result = measure(args)
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if args.flash else contextlib.nullcontext():
+            result = measure(args)
+    except (ValueError, OSError, ImportError, RuntimeError, AssertionError) as error:  # what loading raises
+        print(f"bench.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 2
     print(json.dumps(result) if args.json else table(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

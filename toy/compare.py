@@ -376,11 +376,17 @@ def table(scenes, rows, luvc=METHODS[1].name):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def checkpoint(name):
+    if name != "toy" and not (Path(name) / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"{name} is no checkpoint folder; it needs a config.json")
+    return name
+
+
 def parser(about):
     """What the command lines of this file and `curve.py` have in common."""
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
-    add("--model", default="toy", help="checkpoint folder (default: the toy)")
+    add("--model", default="toy", type=checkpoint, help="checkpoint folder (default: the toy)")
     add("--first", type=int, default=0, help="seed of the first scene; LUVC was tuned on seeds from 5,000")
     add("--batch", type=int, default=4, help="scenes at a time (default %(default)s)")
     add("--store", type=Path, metavar="FILE", help="JSON: keeps what is measured, an interrupted run goes on")
