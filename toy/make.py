@@ -11,18 +11,20 @@ sixth kind about two pictures. It is trained *without* LUVC and not tuned to it.
 
 Seeds below `HELD_OUT` draw the unseen scenes that tests and tables use; training draws from seeds above it.
 
-How the checkpoint here came about, in 85 minutes of one core, and some of another for drawing. It continues
+How the checkpoint here came about, in 100 minutes of one core, and some of another for drawing. It continues
 from the one of commit f498161 (four kinds, no numbers, an encoder half as wide), which `widened` makes room in:
 
     git archive --prefix=FOUR/ f498161 toy | tar x
     python toy/make.py --resume FOUR/toy --out NEW --stages plates:600 --batch 16          # 11 minutes
     python toy/make.py --resume NEW --out NEW --stages 2:1000,2p:1700,3p:300 --first 20000000   # 50 minutes
     python toy/make.py --resume NEW --out NEW --stages 3p:750 --rate 1e-3 --first 40000000      # 23 minutes
+    python toy/make.py --resume NEW --out NEW --stages 3p:520 --rate 1e-3 --first 60000000      # 16 minutes
 
 First the encoder learns digits from small parts of pictures, at a tenth of the cost; then all learn together, from
 2 x 2 cells of the layout and then from whole pictures. The rate of the first two runs was still falling when the
-next began, and the shares of kinds and losses changed a little on the way, so that this repeats what was done, not
-the very weights. Training from nothing, without --resume, is possible but untried.
+next began, and the shares of kinds and losses changed a little on the way: in the last run `Scenes` asked for more
+of "count" in place of "number", and went on with the patch heads of the run before. So this repeats what was done,
+not the very weights. Training from nothing, without --resume, is possible but untried.
 """
 
 import argparse
