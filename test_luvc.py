@@ -1876,8 +1876,9 @@ def near_lossless(model, processor, asked, kernel=contextlib.nullcontext):
 
 
 def test_near_lossless_on_the_toy(toy):
-    """Catches: units that work as they should and lose answers all the same."""
-    near_lossless(*toy, asked_of_unseen_scenes(50))
+    """Catches: units that work as they should and lose answers all the same. (With half as many questions, one of a
+    kind would be two points of it.)"""
+    near_lossless(*toy, asked_of_unseen_scenes(100))
 
 
 def test_pipeline_and_streaming_run_unchanged(toy, capsys):
@@ -2135,7 +2136,7 @@ def test_near_lossless_in_the_flash_kernel():
     """The same targets in bfloat16 on a GPU, the flash kernel forced for LUVC."""
     model, processor = reference.load("toy", "cuda", "bfloat16")
     near_lossless(
-        model, processor, asked_of_unseen_scenes(50), lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        model, processor, asked_of_unseen_scenes(100), lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
     )
 
 
