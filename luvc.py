@@ -724,7 +724,7 @@ def refuse(plain: Callable | None, *args, **kwargs):
 
 
 def check_call(decoder: nn.Module, kwargs: dict, text: Tensor) -> None:
-    """Raises: ValueError for a call of the decoder that would go wrong in silence. text: where it is, (B, S)."""
+    """Raises: ValueError for a call of the decoder that would go wrong in silence. text: (B, S) bool."""
     mask, at = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if decoder.training and getattr(decoder, "gradient_checkpointing", False):
         raise ValueError("LUVC cannot train under gradient checkpointing; disable it, or detach()")
