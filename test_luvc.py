@@ -1365,6 +1365,19 @@ def vision_calls(name):
     return [(["image1", 5, "tall2"], [(SIDE, SIDE)] * 3)]
 
 
+@pytest.mark.parametrize("name", QWENS)
+@torch.no_grad()
+def test_the_grid_may_be_handed_by_position(name):
+    """Catches: a picture's size that is looked for in one place, where a caller of the encoder put it in another."""
+    model = tiny(name)
+    inputs = batch(model, [[1, "image", 5]])
+    pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
+    with LUVC(model, both(name)) as luvc:
+        want = model.model.visual(pixels, grid_thw=grid).pooler_output
+        got = model.model.visual(pixels, grid).pooler_output
+    assert torch.equal(got, want) and len(luvc.groups) == 1
+
+
 @merging_family
 @torch.no_grad()
 def test_encoder_by_hand(name):
