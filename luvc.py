@@ -28,7 +28,7 @@ several families of models. 6 hooks in, hooks out. 7 the command line.
 Only the paper's abstract and summaries were available: what it states and what we choose is README's ledger,
 and `Our choice` marks where a choice is made. Not done here, and refused with an error that says so: other
 families, static or quantised KV caches, sliding windows, linear attention, cropping the cache (assisted
-decoding), gradient checkpointing, 4-D attention masks.
+decoding), continuous batching, sequences packed in a row, gradient checkpointing, 4-D attention masks.
 """
 
 import argparse
@@ -712,7 +712,6 @@ def read_sizes(embeds: Tensor, visual: Tensor) -> Tensor:
 CALL: ContextVar = ContextVar("luvc_call", default=None)  # base -> decoder: input_ids, if there are pictures
 GRIDS: ContextVar = ContextVar("luvc_grids", default=None)  # vision encoder -> its blocks and projectors
 
-
 EAGER = "LUVC needs eager mode; compile or export a model without it, and load a compiled one anew"
 
 
@@ -997,8 +996,8 @@ class Report:
         left, full = flops.sum((1, 2)).tolist()
         steps = [sum(merge <= block for merge in luvc.merges) for block in range(len(family.blocks))]
         pictures = list(zip(grids.shapes, grids.plans, strict=True)) if grids else []
-        slots = [sum(n * math.prod(plan[step][1:]) for (n, _, _), plan in pictures) for step in steps]
-        tokens = [n * family.unit**2 for n in slots], (here & visual).sum((1, 2)).tolist()
+        slots = [sum(tiles * math.prod(plan[at][1:]) for (tiles, _, _), plan in pictures) for at in steps]
+        tokens = [count * family.unit**2 for count in slots], (here & visual).sum((1, 2)).tolist()
         sums = here.sum((1, 2)).tolist(), int(visual.sum()), int(n[1, 0].sum())
         return Report(*tokens, *sums, kv, kv_full, left / full)
 
