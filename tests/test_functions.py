@@ -1,0 +1,392 @@
+"""Sections 1 and 2 once more: what a caller relies on beside the values. dtypes, gradients, nothing written where it
+does not belong, cost, errors. Part of the assignment's tasks 1 to 3; the values are in test_luvc.py, sections 1 and 2."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from test_luvc import (
+    EPS,
+    FLOATS,
+    NoWaiting,
+    close,
+    cutoffs,
+    follow,
+    grids,
+    inherit,
+    low_pass,
+    merge_axis,
+    merge_plan,
+    random,
+    reference,
+    refuses,
+    rounding,
+    same,
+    scattered,
+    sequences,
+    spectral_prune,
+    spectral_score,
+)
+
+SIZES = [torch.int32, torch.int64, *FLOATS]
+
+
+def tensors(found):
+    return [t for t in (found if isinstance(found, tuple) else (found,)) if isinstance(t, torch.Tensor)]
+
+
+def leaves_no_trace(function, *args):
+    """Runs it twice, and between the two on other tensors. Catches: an input that is written into, results that the
+    next call overwrites, a global seed set or random numbers taken on the way, noise in the results."""
+    args = [t.clone() if isinstance(t, torch.Tensor) else t for t in args]
+    copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in args]
+    others = [t.flip(-1).contiguous() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args]
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = tensors(function(*args))
+    assert torch.equal(torch.random.get_rng_state(), state), "the global random state was read or set"
+    for given_, copy in zip(args, copies, strict=True):
+        changed = isinstance(given_, torch.Tensor) and not torch.equal(given_, copy)
+        assert not changed, "an input was changed; it is the caller's"
+    before = [t.clone() for t in first]
+    function(*others)
+    torch.manual_seed(2)
+    again = tensors(function(*args))
+    for one, was, two in zip(first, before, again, strict=True):
+        assert torch.equal(one, was), "another call changed the results of this one"
+        assert torch.equal(two, was), "the same input gave another result the second time"
+
+
+class Watch(TorchDispatchMode):
+    """Counts torch's operations, and numbers in the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.count += 1
+        self.largest = max([self.largest, *(t.numel() for t in tensors(out))])
+        return out
+
+
+def cheap(function, small, large, largest=None):
+    """`function` on small and on large input: as many operations, none of which waits for a GPU, everything made on
+    the device of the input. Catches: loops over tokens, lines, samples; a value read on the way; a table of all pairs
+    (more than `largest` numbers)."""
+    function(*large), function(*small)  # plans and projections are made once
+    counts = []
+    for args in (small, large):
+        with Watch() as watch:
+            function(*args)
+        counts.append(watch.count)
+    assert counts[1] <= counts[0] + 4, (
+        f"{counts[0]} torch operations for few tokens, {counts[1]} for many: their number must not grow"
+    )
+    assert largest is None or watch.largest <= largest, (
+        f"a tensor of {watch.largest} numbers was made on the way: that grows with the square of the tokens"
+    )
+    with NoWaiting():
+        function(*large)
+    # A tensor on the device "meta" has a shape and no numbers: reading one, or a tensor from elsewhere, is an error.
+    nowhere = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in large]
+    try:
+        found = tensors(function(*nowhere))
+    except Exception as error:
+        why = "a number is read on the host (on a GPU that waits), or a tensor was made on another device than the input"
+        raise AssertionError(f"{why}: {error}") from error
+    assert all(t.device.type == "meta" for t in found), "the results are not on the device of the input"
+
+
+# ==== 1. Merging ============================================================================================
+
+
+@pytest.mark.task1
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merge_computes_in_float32_or_better(dtype):
+    """Catches: sums in half precision, where 2048 + 1 is 2048; similarities rounded so that differences vanish."""
+    for of_sizes in {torch.float32, dtype}:
+        ones = torch.ones(1, 1, 4096, dtype=of_sizes)
+        out, total, _ = merge_axis(torch.ones(1, 1, 4096, 2, dtype=dtype), ones, 1, 2)
+        got = total.item(), out.flatten().tolist()
+        same(got, (4096, [1, 1]), f"4096 {dtype} ones, sizes {of_sizes}, merged: are sums in float32 or better?")
+    step = 1e-5 if dtype == torch.float64 else 1 / 256  # cosines are 1 - step ** 2 / 2, 1 - 2 * step ** 2
+    x = torch.tensor([[[[1, 0], [1, step], [1, 3 * step]]]], dtype=dtype)
+    parent = merge_axis(x, torch.ones(1, 1, 3), 2, 2)[2].flatten().tolist()
+    same(parent, [0, 0, 1], f"{dtype}, angles 0, {step:g}, {3 * step:g}: are cosines in float32 or better?")
+    big = 128.0 if dtype == torch.float16 else 2.0**60  # times 600: too large, or nearly so, for float16; exact
+    x = big * torch.tensor([[[[1, 0], [1, 0], [0, 1]]]], dtype=dtype)
+    out, _, parent = merge_axis(x, torch.full((1, 1, 3), 300.0), 2, 2)
+    same(out.tolist(), x[:, :, 1:].tolist(), f"{dtype}, tokens of length {big:g}, sizes of 300")
+    if dtype == torch.float64:
+        size = torch.tensor([[[2**24 + 1, 2]]])  # float32 has no room for the first
+        same(merge_axis(x[:, :, :2], size, 1, 2)[1].item(), 2**24 + 3, "float64 tokens: sizes of 2^24 + 1 and 2")
+
+
+@pytest.mark.task1
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merge_keeps_dtypes(dtype):
+    """Every pair of them. Catches: another dtype returned, sums that are another in some of them."""
+    x, size = random(3, 3, 4, 5, 2), random(4, 3, 4, 5, low=1, high=3)
+    for of_sizes, axis in itertools.product(SIZES, (1, 2)):
+        got = merge_axis(x.to(dtype), size.to(of_sizes), 2, axis)
+        want = merge_axis(x.double(), size.double(), 2, axis)
+        found, right = [t.dtype for t in got], [dtype, of_sizes, torch.int64]
+        same(found, right, f"x {dtype}, size {of_sizes}: tokens, sizes and parent came back as")
+        assert torch.equal(got[1].double(), want[1]) and torch.equal(got[2], want[2]), f"{dtype}, {of_sizes}: sizes"
+        bound = 4 * max(EPS, torch.finfo(dtype).eps) * 4  # a few roundings, of numbers up to 4
+        close(got[0].double(), want[0], bound, f"x {dtype}, size {of_sizes}: tokens")
+
+
+@pytest.mark.task1
+@given(grids(), st.sampled_from(FLOATS), st.sampled_from(FLOATS))
+def test_merge_has_gradients(case, dtype, of_sizes):
+    """Of tokens, and of sizes. Catches: `no_grad`, `detach`, sizes that are taken for constants."""
+    x, size, keep, axis = case
+    leaf, mass = x.to(dtype, copy=True).requires_grad_(), size.to(of_sizes, copy=True).requires_grad_()
+    out, total, parent = merge_axis(leaf, mass, keep, axis)
+    assert keep < x.shape[axis] or torch.allclose(out, leaf), "keep is the whole axis: nothing changes"
+    assert out.requires_grad, "x requires a gradient, and what was made of it does not"
+    assert total.requires_grad, "size requires a gradient, and the new sizes do not"
+    weight, parent = (torch.arange(out.numel()) % 7).view_as(out).double(), parent.flatten(1)
+    (gradient,) = torch.autograd.grad((out.double() * weight).sum(), leaf, retain_graph=True)
+
+    def above(t):  # of each token, what its merged one has
+        return t.flatten(1, 2).gather(1, parent[..., None].expand(-1, -1, t.shape[-1])).view(*x.shape[:3], -1)
+
+    share = size[..., None] / above(total.detach().double()[..., None])
+    # Two float32 operations, then one rounding to dtype.
+    message = "another gradient of the tokens"
+    rtol = 2 * max(EPS, torch.finfo(dtype).eps, torch.finfo(of_sizes).eps)
+    torch.testing.assert_close(gradient.double(), above(weight) * share, rtol=rtol, atol=0, msg=message)
+    if keep == x.shape[axis]:
+        return  # d mean / d size is 0, exactly or up to rounding
+    count = (torch.arange(total.numel()) % 5).view_as(total).double()
+    loss = (out.double() * weight).sum() + (total.double() * count).sum()
+    (gradient,) = torch.autograd.grad(loss, mass)
+    mean = above(out.detach().double())
+    slope = ((x - mean) * above(weight)).sum(-1) / above(total.detach().double()[..., None])[..., 0]
+    want = slope + above(count[..., None])[..., 0]
+    error = 200 * max(EPS, torch.finfo(dtype).eps, torch.finfo(of_sizes).eps)  # terms up to 8 * 6 * 3, 4 roundings
+    close(gradient.double(), want, error, "another gradient of the sizes")
+
+
+@pytest.mark.task1
+@pytest.mark.parametrize("axis", [1, 2])
+def test_merge_leaves_no_trace(axis):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, size = random(5, 3, 6, 6, 4).to(dtype), random(6, 3, 6, 6, low=1, high=3).to(dtype)
+        leaves_no_trace(merge_axis, x, size, 4, axis)
+        leaves_no_trace(merge_axis, scattered(x), scattered(size), 1, axis)
+
+
+@pytest.mark.task1
+@pytest.mark.parametrize("axis", [1, 2])
+def test_merge_costs_what_it_should(axis):
+    def case(B, side):
+        return random(7, B, side, side, 8), torch.ones(B, side, side), side * 3 // 4, axis
+
+    cheap(merge_axis, case(1, 4), case(5, 48), largest=2 * 5 * 48 * 48 * 8)
+
+
+@pytest.mark.task1
+def test_merge_refuses_bad_input():
+    """Catches: an answer where the caller made a mistake, an error that does not name it."""
+    x, size = torch.ones(1, 3, 4, 2), torch.ones(1, 3, 4)
+    refuses((3, 4, 2), merge_axis, x[0], size[0], 1, 1)
+    refuses("int64", merge_axis, x.long(), size, 1, 1)
+    refuses((1, 4, 3), merge_axis, x, size.transpose(1, 2), 1, 1)
+    refuses((1, 3, 4, 2), merge_axis, x, x, 1, 1)
+    for wrong, keep, axis in [(0, 0, 1), (4, 4, 1), (5, 5, 2), (-1, -1, 2), (0, 1, 0), (3, 1, 3), (-1, 1, -1)]:
+        refuses(wrong, merge_axis, x, size, keep, axis)
+
+
+@pytest.mark.task2
+def test_plan_refuses_bad_input():
+    """Catches: an answer where the caller made a mistake, an error that does not name it; numbers that are no ints."""
+    for wrong, *args in [(0, 0, 4, 0.5, 2), (0, 4, 0, 0.5, 2), (-3, -3, 4, 0.5, 2), (1, 4, 4, 0.5, 1)]:
+        refuses(wrong, merge_plan, *args)
+    for keep in (0.0, -0.5, 1.5, math.nan):
+        refuses(keep, merge_plan, 4, 4, keep, 2)
+    assert all(type(n) is int for step in merge_plan(7, 9, 0.3, 5) for n in step), "a plan is made of whole numbers"
+
+
+@pytest.mark.task2
+def test_follow_leaves_no_trace_and_costs_what_it_should():
+    def case(B, side):
+        x, size = random(8, B, side, side, 3), torch.ones(B, side, side)
+        return torch.arange(side * side).expand(B, -1), merge_axis(x, size, side // 2, 2)[2]
+
+    leaves_no_trace(follow, *case(3, 6))
+    cheap(follow, case(1, 4), case(5, 48), largest=5 * 48 * 48)
+
+
+# ==== 2. Pruning ============================================================================================
+
+
+@pytest.mark.task3
+@given(sequences(), cutoffs, st.sampled_from(FLOATS), st.sampled_from([2.0**-20, 2.0**20]))
+def test_filter_dtype_dim_gradient_and_scale(x, cutoff, dtype, scale):
+    """Catches: an FFT in half precision, another dimension, no gradient, absolute thresholds."""
+    want, leaf = low_pass(x, cutoff), x.clone().requires_grad_()
+    got = low_pass(x.to(dtype), cutoff)  # these integers are the same in every dtype
+    assert got.dtype == torch.float32 and torch.equal(got, want), f"{dtype} is filtered in another way"
+    for dim in (0, 2, -1):
+        got = low_pass(x.movedim(1, dim), cutoff, dim=dim).movedim(dim, 1)
+        close(got, want, rounding(x), f"dim={dim} is not the dimension that was filtered")
+    close(low_pass(x[0, :, 0], cutoff, dim=0), want[0, :, 0], rounding(x), "a sequence of numbers, dim=0")
+    assert torch.equal(low_pass(x * scale, cutoff), want * scale), f"times {scale:g} it passes in another way"
+    once, scaled = (spectral_score(t, cutoff) for t in (x, x * scale))
+    assert torch.equal(scaled, once * scale), f"tokens times {scale:g} score in another way"
+    got = spectral_score(x.to(dtype), cutoff)
+    assert got.dtype == torch.float32 and torch.equal(got, once), f"{dtype} scores in another way"
+    # The filter is a projection, so half the square of what passes has the gradient that passes.
+    (gradient,) = torch.autograd.grad(low_pass(leaf, cutoff).square().sum() / 2, leaf)
+    close(gradient, want, 2 * rounding(x), "the gradient of the filter is lost")
+
+
+@pytest.mark.task3
+def test_score_has_a_gradient():
+    """Catches: a score that cannot be trained through. (Against the slope between two points.)"""
+    x, step = random(9, 2, 12, 3).requires_grad_(), 0.25 * random(10, 2, 12, 3)
+    (gradient,) = torch.autograd.grad(spectral_score(x).sum(), x)
+    with torch.no_grad():
+        slope = (spectral_score(x + step / 64) - spectral_score(x - step / 64)).sum() * 32
+    close((gradient * step).sum(), slope, 1e-2, "another gradient of the score")
+
+
+@pytest.mark.task3
+@given(sequences(), cutoffs, st.sampled_from(FLOATS), st.sampled_from([2.0**-40, 2.0**-20, 2.0**20, 2.0**40]))
+def test_prune_sees_directions_only(x, cutoff, dtype, scale):
+    """Catches: absolute thresholds, an epsilon in the norm, half precision."""
+    chosen = spectral_prune(x, (x.shape[1] + 1) // 2, cutoff)
+    longer = scale ** (torch.arange(x.shape[1]) % 2)[:, None]
+    for t, what in ((x * scale, f"times {scale:g}"), (x * longer, f"every other one times {scale:g}"), (x.to(dtype), dtype)):
+        got = spectral_prune(t, chosen.shape[1], cutoff)
+        same(got.tolist(), chosen.tolist(), f"tokens {x.tolist()}, {what}: only directions count")
+
+
+@pytest.mark.task3
+def test_prune_ties_up_to_rounding():
+    """With 4 or 6 tokens and cutoff 0.5 only the highest frequency is detail, and every token has as much of it.
+    Catches: a choice that depends on the attention kernel that computed the tokens. (Scores are whole multiples of
+    2^-14, so those that tie can still fall on two sides of a half: at most as often as errors are large.)"""
+    noise = torch.Generator().manual_seed(0)
+    for N, spread in itertools.product((4, 6), (1.0, 0.1, 0.03)):  # tokens of deep layers are alike
+        x = torch.randn(2000, 1, 64, generator=noise) + spread * torch.randn(2000, N, 64, generator=noise)
+        # A direction moves by at most 5e-7, so two scores part by at most 1e-6, of a step of 6e-5: 1 in 60.
+        for tokens in (x, x * (1 + 1e-6 * (torch.rand(x.shape, generator=noise) - 0.5))):
+            others = (spectral_prune(tokens, N // 2, 0.5) != torch.arange(N // 2)).any(1).sum().item()
+            assert others <= 2000 / 30, f"{others} samples of 2000 with {N} tokens where scores tie up to rounding"
+
+
+@pytest.mark.task3
+def test_scores_in_a_projection():
+    """Catches: tokens wider than `channels` that are scored as they are, or narrower ones that are not; a projection in
+    half precision, or after the norm."""
+    C, channels, N = 256, 64, 400
+    matrix = reference.projection(C, channels, torch.device("cpu"))
+    x = torch.randn(3, N, C, generator=torch.Generator().manual_seed(0))
+    x = x * 10 ** torch.rand(3, N, 1, generator=torch.Generator().manual_seed(1))
+    want, full = spectral_prune(x @ matrix, 100), spectral_prune(x, 100, channels=C)
+    assert torch.equal(spectral_prune(x, 100), want), "tokens of 256 channels are scored in the projection to 64"
+    assert torch.equal(full, spectral_prune(x, 100, channels=2 * C)) and not torch.equal(full, want), (
+        "tokens of as many channels as `channels`, or fewer, are scored as they are"
+    )
+    for half in (x.half(), x.bfloat16(), x.half() * 1000):  # 1000: up to 4e4, whose squares are too large
+        got = spectral_prune(half, 100)
+        assert torch.equal(got, spectral_prune(half.float() @ matrix, 100)), f"{half.dtype}: computed in float32?"
+        got = spectral_prune(half, 100, channels=C)
+        assert torch.equal(got, spectral_prune(half.float(), 100, channels=C)), f"{half.dtype}: computed in float32?"
+
+
+@torch.no_grad()
+def test_the_projection():
+    """Catches: one that changes from call to call or takes numbers from the global generator, one that does not keep
+    lengths, one that cannot be trained through after inference."""
+    C, channels, N = 256, 64, 400
+    reference.projection.cache_clear()
+    with torch.inference_mode():
+        torch.manual_seed(1)
+        first = reference.projection(C, channels, torch.device("cpu"))
+        after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1)), "the global random numbers are the caller's"
+    reference.projection.cache_clear()
+    assert torch.equal(first, reference.projection(C, channels, torch.device("cpu")))
+    x = torch.randn(1, N, C, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        (x.clone().requires_grad_() @ first).sum().backward()  # refused for tensors that were made in inference mode
+    ratio = (x @ first).square().sum() / x.square().sum()
+    # One squared length varies by sqrt(2 / channels). The mean over N tokens varies less, but not below what the one
+    # projection that they share gives all of them: 1 / sqrt(C) of that. Six standard deviations of both.
+    assert abs(ratio - 1) < 6 * math.sqrt(2 / channels) * (1 / math.sqrt(N) + 1 / math.sqrt(C)), ratio
+
+
+@pytest.mark.task3
+@pytest.mark.parametrize("dtype", SIZES)
+def test_inherit_is_exact(dtype):
+    """Catches: half precision in sums; float64 and int64 that come back through float32."""
+    got = inherit(torch.ones(1, 4096, dtype=dtype), torch.tensor([[1000]])).item()
+    same(got, 4096, f"4096 {dtype} ones, one token kept")
+    if dtype in (torch.int64, torch.float64):
+        got = inherit(torch.tensor([[2**40, 1, 1]], dtype=dtype), torch.tensor([[0, 2]])).tolist()
+        same(got, [[2**40 + 1, 1]], f"{dtype} sizes 2^40, 1, 1, of which tokens 0 and 2 are kept")
+
+
+@pytest.mark.task3
+def test_inherit_has_a_gradient():
+    size, kept = random(11, 2, 9, low=1, high=3).requires_grad_(), torch.tensor([[1, 5], [4, 8]])
+    out = inherit(size, kept)
+    assert out.requires_grad, "sizes require a gradient, and what was made of them does not"
+    (gradient,) = torch.autograd.grad((out * torch.tensor([[1.0, 2], [3, 4]])).sum(), size)
+    same(gradient.int().tolist(), [[1, 1, 1, 1, 2, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 4, 4]], "the gradient of sizes")
+
+
+@pytest.mark.task3
+@settings(max_examples=10)
+@given(st.integers(2, 60), cutoffs)
+def test_pruning_leaves_no_trace(N, cutoff):
+    x = random(N, 3, N, 5)
+    leaves_no_trace(low_pass, x, cutoff)
+    leaves_no_trace(spectral_score, x, cutoff)
+    leaves_no_trace(spectral_prune, x, N // 2, cutoff)
+    leaves_no_trace(spectral_prune, x, N // 2, cutoff, 2)
+    leaves_no_trace(inherit, random(N, 3, N, low=1, high=9), torch.arange(N)[None, ::2].expand(3, -1))
+
+
+@pytest.mark.task3
+def test_pruning_costs_what_it_should():
+    for B, N in ((5, 500), (5, 501)):
+        small, large = random(12, 1, N % 2 + 8, 4), random(13, B, N, 4)
+        cheap(low_pass, (small, 0.5), (large, 0.5), largest=2 * B * N * 4)
+        cheap(spectral_score, (small, 0.5), (large, 0.5), largest=2 * B * N * 4)
+        cheap(spectral_prune, (small, 4), (large, N // 2), largest=2 * B * N * 4)
+        cheap(spectral_prune, (small, 4, 0.5, 2), (large, N // 2, 0.5, 2), largest=2 * B * N * 4)
+        small, kept = torch.ones(1, 8), torch.arange(0, 8, 2)[None]
+        cheap(inherit, (small, kept), (torch.ones(B, N), torch.arange(0, N, 2).expand(B, -1)))
+
+
+@pytest.mark.task3
+def test_pruning_refuses_bad_input():
+    """Catches: an answer where the caller made a mistake, an error that does not name it."""
+    x = torch.ones(1, 4, 2)
+    refuses("int64", low_pass, x.long(), 0.5)
+    refuses((1, 0, 2), low_pass, torch.ones(1, 0, 2), 0.5)
+    refuses("", low_pass, torch.tensor(1.0), 0.5, dim=0)
+    for cutoff in (1 + 1e-9, -1e-9, math.nan):
+        refuses(cutoff, low_pass, x, cutoff)
+        refuses(cutoff, spectral_score, x, cutoff)
+    refuses((4, 2), spectral_score, x[0])
+    refuses((4, 2), spectral_prune, x[0], 2)
+    for keep in (5, -1):
+        refuses(keep, spectral_prune, x, keep)
+    for N in (0, 3):
+        same(spectral_prune(torch.ones(2, N, 3), 0).shape, (2, 0), f"keep=0 of {N} tokens")
+    same(spectral_prune(torch.ones(2, 0, 3), 0).dtype, torch.int64, "keep=0 of no tokens")
