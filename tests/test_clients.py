@@ -1,3 +1,50 @@
+"""What people do with a model beside calling it: threads, servers, pipelines, compilers, accelerate, PEFT, Trainer,
+quantised weights, several processes. Each thing works; what does not is in test_refused.py."""
+
+import concurrent.futures
+import copy
+import functools
+import http.client
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import transformers
+
+import test_luvc
+from test_luvc import (
+    BOTH,
+    CACHE,
+    CLOSE,
+    GREEDY,
+    HERE,
+    IMAGE,
+    LAYERS,
+    LUVC,
+    OFF,
+    PRUNER,
+    LUVCConfig,
+    agree,
+    attributes,
+    batch,
+    both,
+    dense,
+    every_family,
+    merge_axis,
+    ragged,
+    reference,
+    seams,
+    spectral_prune,
+    stored,
+    tiny,
+)
+
+
 def test_threads_share_one_attached_model():
     """Eight threads generate at once what they generate one after the other. They wait for each other inside of every
     merge and every choice, so that all calls are at the same place: what one part of the model tells another, kept
@@ -87,14 +134,14 @@ def test_a_server_with_a_thread_per_request():
 def test_a_prompt_may_end_with_a_picture(name, side, monkeypatch):
     """Captioning with a base model: the last placeholder speaks, so it counts as text and lives to the last
     layer. Catches: the next word from a position that was pruned; padding behind it taken for text."""
-    model, whole = tiny(name), pieces_of
+    model, whole = tiny(name), test_luvc.pieces_of
     inputs = batch(model, [[1, 5, "image1"], [1, "image2", "tall3"], [1, "tall4", 5, 6]], side)
 
-    def without_the_last(model, ids):
-        last = (ids != 0).nonzero().max().item()
-        return [(token, [slot for slot in piece if slot != last]) for token, piece in whole(model, ids)]
+    def without_the_last(model, ids, b):
+        last = (ids[b] != 0).nonzero().max().item()
+        return [(token, [slot for slot in piece if slot != last]) for token, piece in whole(model, ids, b)]
 
-    monkeypatch.setitem(globals(), "pieces_of", without_the_last)
+    monkeypatch.setattr(test_luvc, "pieces_of", without_the_last)
     want, kept = dense(model, inputs, PRUNER)
     with LUVC(model, PRUNER) as luvc:
         got = model(**inputs).logits
@@ -130,7 +177,7 @@ def test_a_placeholder_without_a_picture_is_text(name):
         assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS and luvc.report().visual_full == 0
         model.generate(input_ids=ids, **GREEDY)
         assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS
-        model(input_ids=ids, past_key_values=model(**inputs).past_key_values)  # a second turn
+        model(input_ids=ids, **{CACHE: stored(model(**inputs))})  # a second turn
         assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS
 
 
@@ -352,15 +399,15 @@ def test_quantised_weights(package):
 RANK = """
 import os, sys, torch, transformers
 from transformers.distributed import DistributedConfig
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-luvc = __import__(os.path.basename(sys.argv[1]).removesuffix(".py"))
-for folder in sys.argv[2:]:
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
+luvc = __import__(os.path.basename(sys.argv[2]).removesuffix(".py"))
+for folder in sys.argv[3:]:
     inputs, plan = torch.load(f"{folder}/inputs.pt"), DistributedConfig(tp_plan="auto")
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, distributed_config=plan)
     with luvc.LUVC(model, luvc.LUVCConfig(vision_keep=0.45)) as attached, torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         out = model(**inputs)
-        heads = out.past_key_values.layers[0].keys.shape[1]
+        heads = getattr(out, sys.argv[1]).layers[0].keys.shape[1]
         result = out.logits, attached.kept, ids, vars(attached.report()), heads
     torch.save(result, f"{folder}/rank{os.environ['RANK']}.pt")
 torch.distributed.destroy_process_group()
@@ -385,7 +432,7 @@ def test_tensor_parallelism(tmp_path):
         torch.save(inputs, folder / "inputs.pt")
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "rank.py"), reference.__file__, *map(str, want)]
+    command += [str(tmp_path / "rank.py"), CACHE, reference.__file__, *map(str, want)]
     threads = {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | threads)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,3 +1,17 @@
+"""`python luvc.py`: what it prints, and how it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from test_luvc import HERE, reference
+
+
 def test_command_line_prints_one_json_object():
     """Catches: output that a script cannot read, a report that contradicts itself."""
     command = [sys.executable, str(HERE / "luvc.py"), "--json", "--device", "cpu"]
@@ -60,3 +74,13 @@ def test_command_line_refuses_in_one_line(folders, argv, names, capsys):
     assert reference.main([part.format(folders) for part in argv]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading")]
     assert len(lines) == 1 and lines[0].startswith("luvc.py: error: ") and names in lines[0], lines
+
+
+def test_toy_checkpoint_is_ordinary_and_small():
+    files = {file.name: file.stat().st_size for file in (HERE / "toy").iterdir() if file.is_file()}
+    assert sum(files.values()) <= 12 * 2**20
+    assert {"config.json", "model.safetensors", "tokenizer.json", "example.png"} <= set(files)
+    config = json.loads((HERE / "toy" / "config.json").read_text())
+    assert "auto_map" not in config, "a checkpoint must load without code of its own"
+    patches = (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2
+    assert patches >= 576 and config["text_config"]["num_hidden_layers"] >= 12

@@ -1,3 +1,44 @@
+"""The merger inside of the encoders, slot by slot: what merges, who gets the feature, where sizes are written."""
+
+import itertools
+from types import SimpleNamespace
+
+import hypothesis.extra.numpy as hnp
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.vision_utils import get_vision_window_index
+
+from test_luvc import (
+    CLASS_TOKEN,
+    CLOSE,
+    END,
+    HALF_THE_PIXELS,
+    IMAGE,
+    LUVC,
+    QWENS,
+    SIDE,
+    START,
+    WINDOWS,
+    LUVCConfig,
+    agree,
+    batch,
+    both,
+    merge_axis,
+    merge_plan,
+    merging_family,
+    pieces_of,
+    reference,
+    same,
+    sizes_by_hand,
+    spy,
+    tiny,
+)
+
+THREE_BLOCKS = ["llava-clip", "llava-full", "llava-dinov2"]  # of four: an earlier output is taken
+
+
 @st.composite
 def encoders(draw):
     """How an encoder lays out its tokens, patches per side of a slot, [(n, H, W)], keep, steps, and two numbers for
@@ -11,22 +52,24 @@ def encoders(draw):
         shapes = draw(st.lists(shape, min_size=1, max_size=1 if kind.startswith("tiles") else 3))
     total, element = sum(n * H * W for n, H, W in shapes), st.integers(-4, 4)
     x = draw(hnp.arrays("float32", (total, 2), elements=element, fill=element))
-    return kind, unit, shapes, keep, draw(st.integers(1, 4)), torch.from_numpy(x)
+    return kind, unit, shapes, keep, draw(st.integers(2, 5)), torch.from_numpy(x)
 
 
 @pytest.mark.task2
 @given(encoders(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_signposts_say_what_was_merged(case, dtype):
-    """What `Grids` merges and `deliver` writes, `read_sizes` reads. Catches: a number that bfloat16 rounds, a sign
+    """What `merge` merges and `deliver` writes, `read_sizes` reads. Catches: a number that bfloat16 rounds, a sign
     lost, positions counted from the start of the prompt, CLS taken for a patch, text that has a size, frames,
     pictures or windows mixed up, a home that is another token's, signposts in DeepStack features."""
     kind, unit, shapes, keep, steps, x = case
     cls, tiles, windows = int(kind == "tiles with CLS"), kind.startswith("tiles"), kind == "windows"
-    tower = SimpleNamespace(window_size=4 * unit, patch_size=1, fullatt_block_indexes=[]) if windows else None
-    parts = dict.fromkeys(["base", "decoder", "projector"]) | {"vision": tower, "blocks": [None] * steps}
-    family = reference.Family(**parts, unit=unit, prefix=cls, prefix_slots=cls)
     config = LUVCConfig(vision_keep=keep, vision_steps=steps)
-    merging = (reference.Grids if tiles else reference.PackedGrids)(family, config, shapes, "cpu")
+    frames = [(H, W) for n, H, W in shapes for _ in range(n)]
+    more = frames, unit, cls, config, steps, "cpu"
+    tower = SimpleNamespace(
+        **{"window_size": 4 * unit, "patch_size": 1, "fullatt_block_indexes": []} if windows else {}
+    )
+    merging = reference.Tiles(*more) if tiles else reference.Packed(tower, *more)
 
     # Each slot has a channel of its own, so a merged token says which slots it is made of.
     (n, H, W), total, order = shapes[0], len(x), torch.arange(len(x))
@@ -39,17 +82,21 @@ def test_signposts_say_what_was_merged(case, dtype):
         thw = torch.tensor([(n, H * unit, W * unit) for n, H, W in shapes])
         order = get_vision_window_index(thw, unit, 4 * unit, 1)[0] if windows else order
         patches = slots[order].repeat_interleave(unit**2, 0)
-    for step in range(steps):
-        patches = merging.merge(patches, step)
+    for _ in range(steps):
+        patches = merging.merge(patches)
     slots = patches[:: unit**2]
     if tiles:
         assert (patches[:, :cls] == 7).all(), "CLS was merged"
-        h, w = merging.size[0].shape[1:]
+        h, w = merging.grids[0].size.shape[1:]
         slots = patches[:, cls:].view(n, h, unit, w, unit, -1)[:, :, 0, :, 0].flatten(0, 2)
     members = [(row > 0).nonzero()[:, 0].tolist() for row in slots[:, 2:]]
     same(sorted(itertools.chain(*members)), list(range(total)), "slots that the tokens are made of")
-    index = torch.cat([token.flatten() for token in merging.tokens()])
-    assert all((index[mine] == index[mine[0]]).all() for mine in members), "`tokens` splits a token's slots"
+    index = {i: t for grid in merging.grids for i, t in zip(grid.numbers, grid.token, strict=True)}
+    index = torch.cat([index[i] for i in range(len(frames))])
+    assert all((index[mine] == index[mine[0]]).all() for mine in members), "a token's slots are split"
+    if tiles:  # in the encoder's attention a patch weighs as much as the slots that it is made of
+        want = torch.cat([torch.ones(n, cls), (patches[:, cls:, 2:] > 0).sum(-1)], 1)
+        same(merging.key_sizes().tolist(), want.tolist(), "sizes for the encoder's attention")
 
     # The projector makes 2, 3, 1 + k % 128, k // 128 of token k. Text is 2, 3, 0, 0 or zeros: no signposts.
     def projected(start, count):
@@ -58,9 +105,9 @@ def test_signposts_say_what_was_merged(case, dtype):
     token, first = projected(0, len(members)), projected(9000, cls).view(1, cls, 4).expand(n, -1, -1)
     rows = torch.cat([first, token.view(n, -1, 4)], 1) if tiles else token
     if not cls and not windows:  # DeepStack features come first, and are added to what is alive
-        deep = merging.deliver(rows, posts=False).reshape(total, 4)
+        deep = merging.deliver(rows, 0, posts=False).reshape(total, 4)
         assert all((deep[mine] == token[k]).all() for k, mine in enumerate(members)), "a slot without feature"
-    features = merging.deliver(rows, posts=True)
+    features = merging.deliver(rows, cls, posts=True)
     features = features if tiles else features[order.argsort()]  # as Qwen2.5-VL does behind its projector
     pieces = features.unbind() if tiles else features.split([n * H * W for n, H, W in shapes])
     text = torch.tensor([[2, 3, 0, 0], [0, 0, 0, 0]], dtype=dtype)
@@ -82,7 +129,7 @@ def places(model, h, w, windows=False):
         slots = list(itertools.product(range(h), range(w)))
         slots.sort(key=lambda at: (at[0] // 2, at[1] // 2, *at) if windows else at)
         return [(r, c, corner) for r, c in slots for corner in range(4)]
-    unit = 1 if "llava" in model.name else 2
+    unit = 2 if model.name in HALF_THE_PIXELS else 1
     patches = itertools.product(range(h * unit), range(w * unit))
     return [(y // unit, x // unit, y % unit * unit + x % unit) for y, x in patches]
 
@@ -115,12 +162,8 @@ def test_encoder_by_hand(name):
     of what was merged, features in other slots."""
     model, config = tiny(name), LUVCConfig(vision_keep=0.45, vision_steps=3, llm_keep=1.0)
     luvc, made, got, given = LUVC(model, config), {}, {}, {}
-    family, windowed, used = (
-        luvc.family,
-        name == "qwen2_5_vl",
-        3 if name in ("llava-clip", "llava-full") else 4,
-    )
-    prefix, cls = int(name in ("llava-clip", "llava-full", "internvl")), int(name == "llava-full")
+    family, windowed, used = luvc.family, name == "qwen2_5_vl", 3 if name in THREE_BLOCKS else 4
+    prefix, cls = int(name in CLASS_TOKEN), CLASS_TOKEN.get(name, 0)
     for number, block in enumerate(family.blocks):  # hooks from before LUVC see what it gets ...
         spy(block, lambda x, kwargs, number=number: made.update({number: x}))
         flash = lambda _, args, kwargs: (args, kwargs | {key: 7 for key in kwargs if key == "max_seqlen"})  # noqa: E731
@@ -132,7 +175,7 @@ def test_encoder_by_hand(name):
     luvc.attach()
     for number, block in enumerate(family.blocks):  # ... and those from after, what it makes of it
         spy(block, lambda x, kwargs, number=number: got.update({number: (x, dict(kwargs))}))
-    spy(family.decoder, lambda x, kwargs: given.update(kwargs))
+    spy(model.get_decoder(), lambda x, kwargs: given.update(kwargs))
     for parts, shapes in vision_calls(name):
         inputs = batch(model, [[1, *parts, 7]])
         model(**inputs)
@@ -155,7 +198,7 @@ def test_encoder_by_hand(name):
                     order[i] = places(model, *sizes[i].shape, windowed)
                     pieces[i] = torch.stack([grid[at] for at in order[i]])
                     for slot, (r, c) in tokens[i].items():
-                        tokens[i][slot] = (int(parent[r, c]), c) if axis == 1 else (r, int(parent[r, c]))
+                        tokens[i][slot] = divmod(int(parent[r, c]), sizes[i].shape[1])
                 for r, c, corner in order[i]:
                     members = torch.tensor([slot for slot, token in tokens[i].items() if token == (r, c)])
                     means.append(2 * members.double().mean(0) + torch.tensor(divmod(corner, 2)))
@@ -177,8 +220,8 @@ def test_encoder_by_hand(name):
                 rotary = model.model.visual.rotary_pos_emb(y, torch.stack(means))
                 for mine, theirs in zip(arguments["position_embeddings"], rotary, strict=True):
                     agree(mine, theirs, f"block {number}: rotary positions")
-        (ids,), (embeds,) = inputs["input_ids"], given["inputs_embeds"]
-        pieces = [piece for _, piece in pieces_of(model, ids)]
+        (embeds,) = given["inputs_embeds"]
+        pieces = [piece for _, piece in pieces_of(model, inputs["input_ids"], 0)]
         visual = sorted(itertools.chain(*pieces))
         for number, features in enumerate([embeds, *(given.get("deepstack_visual_embeds") or [])]):
             made_here, offset = made["features", number], 0
@@ -200,18 +243,21 @@ def test_encoder_by_hand(name):
 @merging_family
 @torch.no_grad()
 def test_merging_equal_neighbours_is_exact(name):
-    """A picture of 2 x 2 equal slots, merged to a quarter, in an encoder that knows no positions: all tokens weigh the
-    same, so attention sees the same mixture. (CLS weighs as much as a token, merged or not, so encoders with CLS go
-    without attention.) Catches: patches merged across slots, groups written to another home, DeepStack features too."""
+    """A picture of equal neighbours, merged to one token of each kind, in an encoder that knows no positions: a token
+    weighs what it stands for, so attention sees the same mixture. (Qwen's encoders do not weigh tokens, so there all
+    stand for the same number.) Catches: patches merged across slots, sizes that do not reach the encoder's attention,
+    groups written to another home, DeepStack features too."""
     model = tiny(name, **({"window_size": 1024} if name == "qwen2_5_vl" else {}))
     off = ("position_embedding", "pos_embed", "rotary_pos_emb")
-    off += ("out_proj", "projection_layer") if name in ("llava-clip", "llava-full", "internvl") else ()
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "vis" in key and any(part in key for part in off) and tensor.is_floating_point():
             tensor.data.zero_()
     inputs, seen = batch(model, [[1, "image1", 5]]), []
     ((_, ((H, W), *_)), *_), pixels = vision_calls(name), inputs["pixel_values"]
-    tile = [(r // 2 * 2) * W + c // 2 * 2 for r in range(H) for c in range(W)]
+    rows, columns = (
+        ([0, 0, 1, 1], [0, 0, 1, 1, 2, 2]) if name in QWENS else ([0, 1, 1, 1, 2, 2], [0, 0, 1, 2, 2, 2])
+    )
+    tile = [rows.index(r) * W + columns.index(c) for r in rows for c in columns]
     if name in QWENS:  # four rows of patches are one slot
         inputs["pixel_values"] = pixels.view(H * W, 4, -1)[tile].flatten(0, 1)
     else:
@@ -219,19 +265,20 @@ def test_merging_equal_neighbours_is_exact(name):
         grid = pixels.reshape(3, SIDE, side, SIDE, side).permute(1, 3, 0, 2, 4).flatten(0, 1)[tile]
         grid = grid.view(SIDE, SIDE, 3, side, side).permute(2, 0, 3, 1, 4)
         inputs["pixel_values"] = grid.reshape(pixels.shape)
-    for keep in (1.0, 0.25):
-        with LUVC(model, LUVCConfig(vision_keep=keep, llm_keep=1.0)) as luvc:
-            handle = spy(luvc.family.decoder, lambda _, kwargs: seen.append(kwargs))
+    for keep, sizes in ((1.0, True), (0.25, True), (0.25, False)):
+        with LUVC(model, LUVCConfig(vision_keep=keep, llm_keep=1.0, sizes=sizes)) as luvc:
+            handle = spy(model.get_decoder(), lambda _, kwargs: seen.append(kwargs))
             model(**inputs)
             handle.remove()
-    groups = [r // 2 * (W // 2) + c // 2 for r in range(H) for c in range(W)]
-    ((_, piece),) = pieces_of(model, inputs["input_ids"][0])
-    assert luvc.groups[0].tolist() == groups, "equal neighbours are not what merged"
-    homes = [piece[slot] for slot in sizes_by_hand(groups, int(name == "llava-full"))]
-    full, merged = (given["inputs_embeds"][0, homes] for given in seen)
+        groups = [r * 3 + c for r in rows for c in columns]
+        assert keep == 1 or luvc.groups[0].tolist() == groups, "equal neighbours are not what merged"
+    ((_, piece),) = pieces_of(model, inputs["input_ids"], 0)
+    homes = [piece[slot] for slot in sizes_by_hand(groups, CLASS_TOKEN.get(name, 0))]
+    full, merged, alike = (given["inputs_embeds"][0, homes] for given in seen)
     assert not torch.allclose(full[-1], full[-2], **CLOSE), "a picture that is all alike shows nothing"
     agree(merged, full, "another feature")
-    deep = [given.get("deepstack_visual_embeds") or [] for given in seen]
+    assert torch.allclose(alike, full, **CLOSE) == (name in QWENS), "sizes=False: all tokens weigh the same"
+    deep = [given.get("deepstack_visual_embeds") or [] for given in seen[:2]]
     assert len(deep[0]) == (3 if name == "qwen3_vl" else 0)
     for full, merged in zip(*deep, strict=True):  # in every slot: the dead ones have that of their token
         agree(merged, full, "another DeepStack feature")

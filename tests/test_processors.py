@@ -1,3 +1,12 @@
+"""The families' own processors, saved and loaded, through the command line."""
+
+import json
+
+import pytest
+import transformers
+
+from test_luvc import IMAGE, PRUNED_ONLY, SIDE, TILES, reference, tiny
+
 # family -> (its processor, image processor and video processor, and settings of these for the tiny model)
 QWEN_PIXELS = {"patch_size": 4, "merge_size": 2, "min_pixels": 64 * 64, "max_pixels": 96 * 96}
 

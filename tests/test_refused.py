@@ -1,3 +1,35 @@
+"""What is refused: by a ValueError that names what was wrong and the way out, before anything is changed. Never an
+answer that is silently different."""
+
+import contextlib
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from test_luvc import (
+    BOTH,
+    CACHE,
+    LUVC,
+    OFF,
+    PRUNER,
+    QWENS,
+    LUVCConfig,
+    attributes,
+    batch,
+    changed,
+    seams,
+    stored,
+    tiny,
+)
+
+EQUAL = LUVCConfig(vision_keep=0.45, sizes=False)
+
+
 def setting(path, value):
     """LUVC(model), where one entry of the model's config is another."""
 
@@ -28,15 +60,15 @@ def given_cache(kind):
     def act(model, inputs):
         cache = kind.__new__(kind)
         vars(cache).update(vars(DynamicCache()))
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
 
     return act
 
 
 def filled_without(model, inputs):
     cache, ids = DynamicCache(), torch.tensor([[1, 5, 6]])
-    tiny(model.name)(input_ids=ids, past_key_values=cache)
-    model(input_ids=ids[:, :1], past_key_values=cache)
+    tiny(model.name)(input_ids=ids, **{CACHE: cache})
+    model(input_ids=ids[:, :1], **{CACHE: cache})
 
 
 def filled_under(config, then=None):
@@ -46,14 +78,14 @@ def filled_under(config, then=None):
     def act(model, inputs):
         turn = torch.tensor([[7, 8]])
         with LUVC(model, config):
-            cache = model(**inputs).past_key_values
-            want = model(input_ids=turn, past_key_values=copy.deepcopy(cache)).logits
+            cache = stored(model(**inputs))
+            want = model(input_ids=turn, **{CACHE: copy.deepcopy(cache)}).logits
         try:
             with LUVC(model, then) if then else contextlib.nullcontext():
-                model(input_ids=turn[:, :1], past_key_values=cache)
+                model(input_ids=turn[:, :1], **{CACHE: cache})
         finally:
             with LUVC(model, config):
-                assert torch.equal(model(input_ids=turn, past_key_values=cache).logits, want), (
+                assert torch.equal(model(input_ids=turn, **{CACHE: cache}).logits, want), (
                     "the cache was spoilt"
                 )
 
@@ -135,7 +167,7 @@ WITH = {  # the same, while a LUVC is attached
     "a given static cache": (given_cache(transformers.StaticCache), "StaticCache.*use a Dynamic", "internvl"),
     "a quantised cache": (given_cache(transformers.QuantizedCache), "QuantizedCache.*use a DynamicCache"),
     "a filled cache": (filled_without, "without LUVC; begin anew"),
-    "cropping": (lambda m, i: m(**i).past_key_values.crop(-1), "cannot crop"),
+    "cropping": (lambda m, i: stored(m(**i)).crop(-1), "cannot crop"),
     "assisted decoding": (lambda m, i: generating(assistant_model=tiny())(m, i), "crop.*assisted"),
     "prompt lookup": (generating(prompt_lookup_num_tokens=2), "crop.*prompt-lookup", "qwen3_vl"),
     "a 4-D mask": (square_mask, "2-D attention_mask"),

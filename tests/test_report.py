@@ -1,18 +1,49 @@
+"""`LUVC.report()`: what happened in the latest prefill, in tokens, bytes and arithmetic."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from test_luvc import (
+    BOTH,
+    CACHE,
+    FAMILIES,
+    GREEDY,
+    IMAGE,
+    LAYERS,
+    LUVC,
+    OFF,
+    SIDE,
+    VIDEO,
+    LUVCConfig,
+    agree,
+    batch,
+    both,
+    bytes_of,
+    every_family,
+    prompt,
+    ragged,
+    spy,
+    stored,
+    tiny,
+)
+
+
 @every_family
 @torch.no_grad()
 def test_report_says_what_happened(name):
     """Catches: pruned keys that are stored all the same, and a report that is a formula instead of a measurement."""
     model, blocks = tiny(name), {}
     inputs, luvc = batch(model, ragged(name)), LUVC(model, both(name))
-    full = bytes_of(model(**inputs).past_key_values)
+    full = bytes_of(stored(model(**inputs)))
     with luvc:
         for number, block in enumerate(
             luvc.family.blocks
         ):  # of two calls, pictures and clips, the latest one
             spy(block, lambda x, kwargs, number=number: blocks.update({number: x}))
-        cache = model(**inputs).past_key_values
+        cache = stored(model(**inputs))
     report, ids = luvc.report(), inputs["input_ids"]
-    prefix = int(model.config.vision_config.model_type.startswith(("clip", "internvl")))
+    prefix = int(model.config.vision_config.model_type.startswith(("clip", "internvl", "dinov2")))
     assert report.vision_tokens == [x.shape[:-1].numel() - prefix * len(x) for x in blocks.values()]
     assert report.positions == [sum(map(len, layer)) for layer in luvc.kept]
     assert [layer.keys.shape[2] for layer in cache.layers] == [max(map(len, layer)) for layer in luvc.kept]
@@ -34,24 +65,24 @@ def test_flops_by_hand():
     layers = [n + 3, n + 3, n // 2 + 3, 3]  # positions in the first turn; in the second one less
     weights = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64  # q, k and v, o, the three of the MLP
 
-    def flops(n, stored):
-        return 2 * weights * n + 4 * 32 * (n * stored + n * (n + 1) / 2)
+    def flops(n, before):
+        return 2 * weights * n + 4 * 32 * (n * before + n * (n + 1) / 2)
 
     plain, cache = DynamicCache(), DynamicCache()
     for ids in turns:
-        model(input_ids=ids, pixel_values=pixels, past_key_values=plain)
+        model(input_ids=ids, pixel_values=pixels, **{CACHE: plain})
     with LUVC(model, config) as luvc:
-        model(input_ids=turns[0], pixel_values=pixels, past_key_values=cache)
+        model(input_ids=turns[0], pixel_values=pixels, **{CACHE: cache})
         first = luvc.report()
-        model(input_ids=turns[1], pixel_values=pixels, past_key_values=cache)
-        second, stored = luvc.report(), bytes_of(cache)
-        model(input_ids=turns[0][:, -1:], past_key_values=cache)
+        model(input_ids=turns[1], pixel_values=pixels, **{CACHE: cache})
+        second, held = luvc.report(), bytes_of(cache)
+        model(input_ids=turns[0][:, -1:], **{CACHE: cache})
     want = sum(flops(each, 0) for each in layers) / (4 * flops(n + 3, 0))
     assert first.flops_left == pytest.approx(want)
     want = sum(flops(each - 1, each) for each in layers) / (4 * flops(n + 2, n + 3))
     assert second.flops_left == pytest.approx(want) and luvc.report() == second
     assert second.positions == [each - 1 for each in layers] and second.positions_full == n + 2
-    assert second.kv_bytes_full == bytes_of(plain) and second.kv_bytes == stored
+    assert second.kv_bytes_full == bytes_of(plain) and second.kv_bytes == held
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -62,13 +93,12 @@ def test_report_with_everything_off(name):
     inputs = batch(model, ragged(name))
     with LUVC(model, OFF) as luvc:
         ids = model.generate(**inputs, **GREEDY)
-        report, cache = luvc.report(), model(**inputs).past_key_values
+        report, cache = luvc.report(), stored(model(**inputs))
     assert torch.equal(ids, model.generate(**inputs, **GREEDY))
     visual = ((inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)).sum().item()
     assert report.positions == [report.positions_full] * LAYERS == [inputs["attention_mask"].sum()] * LAYERS
     assert report.visual_tokens == [report.visual_full] * LAYERS == [visual] * LAYERS
-    stored = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert report.kv_bytes == report.kv_bytes_full == stored and report.flops_left == 1
+    assert report.kv_bytes == report.kv_bytes_full == bytes_of(cache) and report.flops_left == 1
 
 
 class Foreign(torch.nn.Module):
