@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from luvc import EXTRA, LUVC, LUVCConfig, family_of, load, merge_axis
+from luvc import CACHE, EXTRA, LUVC, LUVCConfig, family_of, load, merge_axis
 
 DEFAULT, WARM = LUVCConfig(), 2  # WARM: rounds that are not counted
 
@@ -81,7 +81,7 @@ def build(name, device, dtype, attn="sdpa", layers=None):
     """
     kind, llm, vision = SHAPES[name]
     if layers is not None:
-        blocks = max(layers, 3)  # LLaVA does not use the last block, and two merges need one each
+        blocks = max(layers, 4)  # LLaVA does not use the last block, and the merger needs three
         llm, vision = llm | {"num_hidden_layers": layers}, vision | {"num_hidden_layers": blocks}
         if kind.startswith("qwen"):
             vision |= {
@@ -125,7 +125,7 @@ def make_inputs(model, tokens, batch=1, text=64):
     else:
         raise ValueError(f"no inputs can be made up for {kind!r}; use a llava, internvl or Qwen VL model")
     inputs["pixel_values"] = torch.randn(shape, dtype=model.dtype, **on_device)
-    words = torch.randint(5, min(1000, family.decoder.config.vocab_size), (batch, text), **on_device)
+    words = torch.randint(5, min(1000, model.get_decoder().config.vocab_size), (batch, text), **on_device)
     picture = torch.full((batch, tokens), placeholder, device=device)
     ids = torch.cat([words[:, : text // 2], picture, words[:, text // 2 :]], dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -160,6 +160,7 @@ class Clock:
     def watch(self, function, key):
         """`function`, timed."""
 
+        @functools.wraps(function)
         def timed(*args, **kwargs):
             begin = self.mark()
             output = function(*args, **kwargs)
@@ -182,14 +183,12 @@ def watched(model):
     Layers and blocks are timed at `forward`, inside of the hooks and wrappers that LUVC puts on later: so
     these spans are the model's own work also while LUVC is attached.
     """
-    family, clock, begun = family_of(model), Clock(model.device), []
-    inside = [(layer, "forward", "layers") for layer in family.decoder.layers]
+    family, decoder, clock, begun = family_of(model), model.get_decoder(), Clock(model.device), []
+    inside = [(layer, "forward", "layers") for layer in decoder.layers]
     inside += [(m, "forward", "blocks") for m in (*family.blocks, family.projector, *family.deepstack)]
-    inside += [(family.base, "get_image_features", "encoder")]
-    before = family.decoder.register_forward_pre_hook(lambda *_: begun.append(clock.mark()), prepend=True)
-    after = family.decoder.register_forward_hook(
-        lambda *_: clock.spans["llm"].append((begun.pop(), clock.mark()))
-    )
+    inside += [(model.base_model, "get_image_features", "encoder")]
+    before = decoder.register_forward_pre_hook(lambda *_: begun.append(clock.mark()), prepend=True)
+    after = decoder.register_forward_hook(lambda *_: clock.spans["llm"].append((begun.pop(), clock.mark())))
     for owner, name, key in inside:
         setattr(owner, name, clock.watch(getattr(owner, name), key))
     try:
@@ -261,8 +260,8 @@ def time_decode(model, inputs, config=DEFAULT, counts=(128, 1024), repeats=3):
         with methods[name] or contextlib.nullcontext():
             out, begin = model(**inputs, use_cache=True, logits_to_keep=1), clock.mark()
             for step in range(1, max(counts) + 1):
-                ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                ids, cache = out.logits[:, -1:].argmax(-1), {CACHE: out[CACHE]}
+                out = model(input_ids=ids, **cache, use_cache=True)
                 if step in counts:
                     runs[step][name].append(clock.between(begin, clock.mark()) / step)
         if clock.cuda:
@@ -345,8 +344,8 @@ def time_attention(tokens, batch, heads, channels, device, dtype, repeats=9):
 
     def padded():
         key = pad(k, (0, EXTRA))
-        key[..., -EXTRA] = (bias / scale)[:, None]
-        return pad(q, (0, EXTRA), value=1.0), key, pad(v, (0, EXTRA))
+        key[..., -EXTRA] = bias[:, None]
+        return pad(q, (0, EXTRA), value=1 / scale), key, pad(v, (0, EXTRA))
 
     wide, with_mask = padded(), [] if q.is_cuda else [SDPBackend.FLASH_ATTENTION]
     with_mask.append(SDPBackend.EFFICIENT_ATTENTION)
@@ -457,7 +456,7 @@ def measure(args):
             model = build(args.shape, args.device, dtype, args.attn, args.layers)
         else:
             model, _ = load(args.model, args.device, args.dtype, args.attn)
-        weights, layers = sum(p.nbytes for p in model.parameters()), len(family_of(model).decoder.layers)
+        weights, layers = sum(p.nbytes for p in model.parameters()), len(model.get_decoder().layers)
         title = f"{args.shape or args.model}, {layers} layers, weights {weights / 2**20:,.0f} MiB, "
         title += f"batch {args.batch}, {args.text} text tokens; plain -> LUVC"
         config = LUVCConfig(vision_keep=args.vision_keep, llm_keep=args.llm_keep)

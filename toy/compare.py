@@ -1,6 +1,6 @@
 """Near-lossless, measured: the toy with and without LUVC, and with simpler ways to the same number of tokens.
 
-    python toy/compare.py                 # the table of the README: 160 unseen scenes and 80 unseen pairs
+    python toy/compare.py                 # the toy's table of docs/results.md: 160 unseen scenes, 80 unseen pairs
     python toy/compare.py --scenes 20     # a quick look
     python toy/compare.py --growing       # where it hurts: more and more compression, by kind of question
 
@@ -21,7 +21,6 @@ each question about it. (Attention-ranked tokens do depend on it: there each que
 import argparse
 import contextlib
 import copy
-import functools
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from luvc import LUVC, LUVCConfig, family_of, load, spectral_prune  # noqa: E402
+from luvc import CACHE, LUVC, LUVCConfig, PrunedLayer, family_of, load, low_pass  # noqa: E402
 from toy.make import draw_pair, draw_sample, prompt_of  # noqa: E402
 
 # ---- Other ways to choose and to merge, with the contracts of `LUVCConfig.prune` and `LUVCConfig.merge` --------
@@ -58,16 +57,23 @@ def random_tokens(seed):
     return choose
 
 
+def smooth_tokens(x, keep, cutoff=0.5):
+    """The filter the other way round: the tokens of which it passes most, each brought to norm 1 first."""
+    passed = low_pass(nn.functional.normalize(x.float(), dim=-1), cutoff).norm(dim=-1)
+    return passed.topk(keep, dim=1).indices.sort(dim=1).values
+
+
 def pool_axis(x, size, keep, axis):
     """Average pooling with the contract of `merge_axis`: runs of equal length, whatever they show."""
-    length = x.shape[axis]
-    run = torch.arange(length, device=x.device) * keep // length
-    parent = (run[:, None] if axis == 1 else run).expand(size.shape)
+    run = torch.arange(x.shape[axis], device=x.device) * keep // x.shape[axis]  # 0 0 0 1 1 2 ...
     shape = list(size.shape)
     shape[axis] = keep
-    total = size.new_zeros(shape).scatter_add_(axis, parent, size)
-    merged = x.new_zeros(*shape, x.shape[-1])
-    merged.scatter_add_(axis, parent[..., None].expand_as(x), x * size[..., None].to(x.dtype))
+    total = size.new_zeros(shape).index_add_(axis, run, size)
+    weight = size[..., None].to(x.dtype)
+    merged = x.new_zeros(*shape, x.shape[-1]).index_add_(axis, run, x * weight)
+    row, column = (torch.arange(n, device=x.device) for n in x.shape[1:3])
+    row, column = (run, column) if axis == 1 else (row, run)  # of the token that a token goes into
+    parent = (row[:, None] * shape[2] + column).expand(size.shape)
     return merged / total[..., None].to(x.dtype), total, parent
 
 
@@ -80,7 +86,7 @@ class AttentionRanked:
     """
 
     def __init__(self, model):
-        self.layers, self.handles = family_of(model).decoder.layers, []
+        self.layers, self.handles = model.get_decoder().layers, []
         self.weights, self.before = None, []  # before: text tokens in front of each picture
 
     def __enter__(self):
@@ -124,13 +130,12 @@ class Method:
 
 
 QUARTER, PRUNED = {"llm_keep": 1.0, "vision_keep": 0.28125}, {"vision_keep": 1.0}
-REVERSED = functools.partial(spectral_prune, score="smooth")
 METHODS = [
     Method("plain"),
     Method("LUVC: OIM and SPU, the defaults", LUVCConfig()),
     Method("in place of the SPU: evenly spread", LUVCConfig(prune=even_tokens)),
     *[Method(f"- random, seed {seed}", LUVCConfig(prune=random_tokens(seed))) for seed in range(3)],
-    Method("- the SPU reversed (keeps what is smooth)", LUVCConfig(prune=REVERSED)),
+    Method("- the SPU reversed (keeps what is smooth)", LUVCConfig(prune=smooth_tokens)),
     Method("- ranked by the last word's attention", LUVCConfig(), ranked=True),
     Method("in place of the OIM: average pooling", LUVCConfig(merge=pool_axis)),
     Method("LUVC without token sizes", LUVCConfig(sizes=False)),
@@ -217,7 +222,7 @@ class Asker:
             self.left.append((share, len(scenes)))
         return out
 
-    def speak(self, out, mask, position):
+    def further(self, out, mask, position):
         """Further words: (tokens (Q, WORDS), log-probabilities (Q, WORDS, vocabulary))."""
         tokens, logs = [], []
         for step in range(WORDS):
@@ -226,7 +231,7 @@ class Asker:
             if step + 1 < WORDS:
                 mask, position = nn.functional.pad(mask, (0, 1), value=1), position + 1
                 ask = {"input_ids": tokens[-1][:, None], "attention_mask": mask, "position_ids": position}
-                out = self.model(**ask, past_key_values=out.past_key_values, use_cache=True)
+                out = self.model(**ask, **{CACHE: out[CACHE]}, use_cache=True)
         return torch.stack(tokens, 1), torch.stack(logs, 1)
 
     def ask(self, scenes):
@@ -235,12 +240,12 @@ class Asker:
         prefix, _ = self.encode("", pictures)
         out = self.read(scenes, [[*prefix, word]] * len(scenes))  # no prompt may end with a picture ...
         owner = torch.tensor([number for number, scene in enumerate(scenes) for _ in scene.asked])
-        for (
-            layer
-        ) in out.past_key_values.layers:  # ... so forget that word, and copy the cache for each question
-            layer.keys, layer.values = layer.keys[owner, :, :-1], layer.values[owner, :, :-1]
-            if hasattr(layer, "seen"):
+        for layer in out[CACHE].layers:  # ... so forget that word, and copy the cache for each question
+            layer.batch_select_indices(owner)
+            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+            if isinstance(layer, PrunedLayer):
                 layer.seen -= 1
+                layer.shown = None if layer.shown is None else layer.shown[:, :-1]
         behind = [self.encode(question, pictures)[1] for scene in scenes for _, question, _ in scene.asked]
         S, pad = max(map(len, behind)), self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (S - len(row)) + row for row in behind])
@@ -248,8 +253,8 @@ class Asker:
         position = (len(prefix) + mask.cumsum(1) - 1) * mask
         mask = nn.functional.pad(mask, (len(prefix), 0), value=1)
         ask = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "logits_to_keep": 1}
-        out = self.model(**ask, past_key_values=out.past_key_values, use_cache=True)
-        return self.speak(out, mask, position[:, -1:])
+        out = self.model(**ask, **{CACHE: out[CACHE]}, use_cache=True)
+        return self.further(out, mask, position[:, -1:])
 
     def ask_each(self, scenes):
         """The same, each question with a prefill of its own."""
@@ -267,7 +272,7 @@ class Asker:
                 self.rank.before = [int(text[:start].sum()) for start in starts]
             out = self.read([asked[number][0] for number in which], rows)
             mask, position = torch.ones(len(rows), len(rows[0]), dtype=torch.long), len(rows[0]) - 1
-            tokens, logs = self.speak(out, mask, torch.full((len(rows), 1), position))
+            tokens, logs = self.further(out, mask, torch.full((len(rows), 1), position))
             for row, number in enumerate(which):
                 answer[number] = tokens[row], logs[row]
         return tuple(map(torch.stack, zip(*answer, strict=True)))
@@ -317,9 +322,8 @@ def measure(model, processor, scenes, methods, eager=None, store=None, batch=4):
         before = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], dim=1)
         first_end = torch.cat([torch.zeros_like(same[:, :1]), (plain[1] == end).long()[:, :-1]], dim=1)
         comparable = (before == 1) & (first_end == 0)
-        kl = (plain[2].exp() * (plain[2] - logs)).sum(-1).masked_fill(~comparable, 0).sum(1) / comparable.sum(
-            1
-        )
+        kl = (plain[2].exp() * (plain[2] - logs)).sum(-1).masked_fill(~comparable, 0).sum(1)
+        kl = kl / comparable.sum(1)
         rows[method.name] = {
             "right": [int(a == b) for a, b in zip(texts, truth, strict=True)],
             "same": [int(a == b) for a, b in zip(texts, plain[0], strict=True)],
@@ -402,7 +406,7 @@ def main():
     (model, processor), (eager, _) = (load(args.model, "cpu", "float32", a) for a in ("sdpa", "eager"))
     pairs = args.scenes // 2 if args.pairs is None else args.pairs
     scenes = held_out(processor, args.scenes, pairs, args.first)
-    methods = growing(len(family_of(model).decoder.layers)) if args.growing else METHODS
+    methods = growing(len(model.get_decoder().layers)) if args.growing else METHODS
     rows = measure(model, processor, scenes, methods, eager, args.store, args.batch)
     rows = {method.name: rows[method.name] for method in methods}
     asked = sum(len(scene.asked) for scene in scenes)

@@ -16,7 +16,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from luvc import LUVCConfig, family_of, load, spectral_prune  # noqa: E402
+from luvc import LUVCConfig, load, spectral_prune  # noqa: E402
 from toy.compare import Method, by_kind, even_tokens, held_out, measure, parser, pool_axis, random_tokens  # noqa: E402
 
 POWERS = (0.1, 0.4, 1, 1.7, 3, 6, 20)  # with the merger at its default 51, 40, 28, 21, 15, 10, 5 % are left
@@ -101,7 +101,7 @@ def main():
     args = arguments.parse_args()
     model, processor = load(args.model, "cpu", "float32", "sdpa")
     scenes = held_out(processor, args.scenes, args.pairs, args.first)
-    points = methods(len(family_of(model).decoder.layers))
+    points = methods(len(model.get_decoder().layers))
     every = [Method("plain"), *(method for line in points.values() for method in line)]
     rows = measure(model, processor, scenes, every, store=args.store, batch=args.batch)
     for name, line in points.items():
