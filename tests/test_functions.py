@@ -13,11 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from test_luvc import (
     EPS,
     FLOATS,
+    LUVC,
     PIECES,
     SLOTS,
-    NoWaiting,
+    batch,
+    both,
     close,
     cutoffs,
+    every_family,
     follow,
     grids,
     inherit,
@@ -25,7 +28,9 @@ from test_luvc import (
     low_pass,
     merge_axis,
     merge_plan,
+    needs_gpu,
     pictures_of,
+    ragged,
     random,
     reference,
     refuses,
@@ -35,9 +40,25 @@ from test_luvc import (
     sequences,
     spectral_prune,
     spectral_score,
+    tiny,
 )
 
 SIZES = [torch.int32, torch.int64, *FLOATS]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses whatever makes a GPU's host wait: values that decide shapes or come back as Python numbers."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        masked = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        assert not masked and not name.startswith(self.WAITS), (
+            f"{function}: on a GPU the host would wait here"
+        )
+        return function(*args, **(kwargs or {}))
 
 
 def tensors(found):
@@ -497,3 +518,83 @@ def test_prune_costs_what_it_should():
     with NoWaiting():
         prompt.prune(hidden, 0.5, keep_last)
         prompt.prune(hidden, 0.0, keep_last)
+
+
+def run_inside_layers(model, enter, leave):
+    """A call with fillers and several pictures; `enter` before each decoder layer, `leave` after it."""
+    inputs = {key: value.to(model.device) for key, value in batch(model, ragged(model.name)).items()}
+    with LUVC(model, both(model.name)), torch.no_grad():
+        model(**inputs)  # FFT plans and projections are made once
+        for layer in model.get_decoder().layers:
+            layer.register_forward_pre_hook(lambda *_: enter())
+            layer.register_forward_hook(lambda *_: leave())
+        try:
+            model(**inputs)
+        finally:
+            leave()
+
+
+@every_family
+def test_layers_do_not_wait_for_the_device(name, monkeypatch):
+    """Catches: a value that is read on the host inside of the decoder layers."""
+    mode, inside = NoWaiting(), []
+
+    def refuse(*_):
+        raise AssertionError("tolist() in a decoder layer: on a GPU the host would wait here")
+
+    def enter():
+        monkeypatch.setattr(
+            torch.Tensor, "tolist", refuse
+        )  # it reads a CPU tensor without asking the dispatcher
+        inside.append(mode.__enter__())
+
+    def leave():
+        if inside:
+            inside.pop().__exit__(None, None, None)
+            monkeypatch.undo()
+
+    run_inside_layers(tiny(name), enter, leave)
+    with pytest.raises(AssertionError, match="wait"), mode:  # the probe itself
+        torch.ones(3)[torch.tensor([True, False, True])]
+
+
+# ==== On a GPU ==============================================================================================
+
+
+@pytest.mark.gpu
+@needs_gpu
+@given(grids())
+def test_merge_on_gpu_equals_cpu(case):
+    """Catches: a sort or an `index_add` that is another one there. (Sums of small integers are exact.)"""
+    x, size, keep, axis = case
+    on_gpu = merge_axis(x.cuda(), size.cuda(), keep, axis)
+    for a, b in zip(on_gpu, merge_axis(x, size, keep, axis), strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_functions_do_not_wait_for_the_gpu():
+    x, size = torch.randn(2, 24, 24, 128, device="cuda"), torch.ones(2, 24, 24, device="cuda")
+    slot = torch.arange(576, device="cuda").expand(2, 576)
+
+    def run():
+        y, mass, parent = merge_axis(x, size, 18, 2)
+        merge_axis(y, mass, 18, 1)
+        follow(slot, parent)
+        inherit(size.flatten(1), spectral_prune(x.flatten(1, 2), 100))
+
+    run()  # FFT plans and projections are made once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_layers_do_not_wait_for_the_gpu():
+    check = torch.cuda.set_sync_debug_mode
+    run_inside_layers(tiny().cuda(), lambda: check("error"), lambda: check("default"))
