@@ -38,7 +38,7 @@ import hypothesis.extra.numpy as hnp
 import pytest
 import torch
 import transformers
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
@@ -133,8 +133,8 @@ def refuses(value, function, *args, **kwargs):
 
 
 def scattered(t):
-    """The same values, every second number in memory: what a slice of a larger tensor is."""
-    return torch.stack([t, t], -1)[..., 0]
+    """The same values, a slice of a larger tensor: not contiguous, and of no other shape without a copy."""
+    return torch.cat([t, t], -1)[..., : t.shape[-1]]
 
 
 # ==== 1. Merging ============================================================================================
@@ -149,15 +149,20 @@ def random(seed, *shape, low=-4, high=4):
     return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
+def long_grid(seed, axis, length, B=4, lines=2):
+    x = random(seed, B, lines, length, 2).double()
+    size = random(seed + 1, B, lines, length, low=1, high=3).double()
+    return tuple(t.transpose(1, 2).contiguous() if axis == 1 else t for t in (x, size))
+
+
 @st.composite
 def grids(draw):
     """(x (B, H, W, C) float64 of small integers, size (B, H, W), keep, axis); one grid in four has a long axis."""
     B, axis = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2]))
     if draw(st.integers(0, 3)) == 0:
-        length, lines, seed = draw(st.integers(7, 80)), draw(st.integers(1, 2)), draw(st.integers(0, 999))
-        x = random(seed, B, lines, length, 2).double()
-        size = random(seed + 1, B, lines, length, low=1, high=3).double()
-        x, size = (t.transpose(1, 2).contiguous() if axis == 1 else t for t in (x, size))
+        x, size = long_grid(
+            draw(st.integers(0, 999)), axis, draw(st.integers(7, 80)), B, draw(st.integers(1, 2))
+        )
     else:
         shape = (B, *draw(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))))
         more = {"fill": st.nothing()}  # without it most elements are the same
@@ -240,6 +245,8 @@ def test_merge_by_hand():
 
 
 @pytest.mark.task1
+@example((*long_grid(1, 2, 80), 60, 2))
+@example((*long_grid(2, 1, 80), 50, 1))
 @given(grids())
 def test_merge_equals_plain_loops(case):
     """Catches: unweighted means, off by one at the cut, the wrong axis, the wrong end of the ordering, ties,
@@ -375,7 +382,12 @@ def test_low_pass_by_hand():
         )
 
 
+LONG = [random(seed, 4, N, 3, low=-8, high=8) for seed, N in ((1, 200), (2, 199))]
+
+
 @pytest.mark.task3
+@example(LONG[0], 0.5)
+@example(LONG[1], 0.3)
 @given(sequences(), cutoffs)
 def test_low_pass_equals_the_sum_of_waves(x, cutoff):
     """Catches: the high frequencies kept instead, one frequency too many or too few, a filter along the channels,
@@ -433,10 +445,12 @@ def in_order(scores, chosen, error):
 
 
 @pytest.mark.task3
-@given(sequences(), cutoffs, st.data())
-def test_prune_keeps_the_highest_scores_in_order(x, cutoff, data):
+@example(LONG[0], 0.5, 0.5)
+@example(LONG[1], 0.3, 0.9)
+@given(sequences(), cutoffs, st.floats(0, 1))
+def test_prune_keeps_the_highest_scores_in_order(x, cutoff, share):
     """Catches: unsorted indices, the lowest scores kept, a wrong count, ties to the higher index."""
-    keep, N = data.draw(st.integers(0, x.shape[1])), x.shape[1]
+    N, keep = x.shape[1], round(share * x.shape[1])
     chosen = spectral_prune(x, keep, cutoff)
     same((chosen.shape, chosen.dtype), ((len(x), keep), torch.int64), f"keep={keep} of {len(x)} samples")
     assert (chosen.diff(dim=1) > 0).all(), f"indices ascend, and none comes twice: {chosen.tolist()}"
@@ -1256,22 +1270,6 @@ def test_turns_of_interleaved_conversations(name, side):
         assert len(list(zip(*[speak(luvc) for speak in speakers], strict=True))) == len(turns)
 
 
-@every_family
-@torch.no_grad()
-def test_hidden_states_stay_logical(name):
-    """Catches: hooks in an order that shows callers the physical sequence."""
-    model = tiny(name)
-    inputs = batch(model, [ragged(name)[0]])
-    for _ in range(2):  # transformers puts its own hooks in at the first request, before and after LUVC's
-        with LUVC(model, both(name)) as luvc:
-            out = model(**inputs, output_hidden_states=True).hidden_states
-        assert [h.shape[1] for h in out] == [inputs["input_ids"].shape[1]] * (LAYERS + 1)
-        for layer in range(1 if name == "qwen3_vl" else LAYERS - 1):  # DeepStack adds to pruned rows as well
-            different = (out[layer] != out[layer + 1]).any(-1)[0].nonzero()[:, 0]
-            assert torch.equal(different, luvc.kept[layer][0]), "a pruned token must ride along as it is"
-        model(**inputs, output_hidden_states=True)
-
-
 @st.composite
 def conversations(draw):
     """(family, settings, turns, side of the padding)"""
@@ -1374,22 +1372,15 @@ def test_units_side_by_side():
     assert not changed(model, before), "something was left behind"
 
 
-def sections(first, last):
-    """The text of luvc.py from the ruler of section `first` on (0: from the top) to the one behind `last`."""
-    text = MODULE.read_text(encoding="utf-8")
-    rulers = [0, *(match.start() for match in re.finditer(r"^# =+ \d\. ", text, re.MULTILINE)), len(text)]
-    return text[rulers[first] : rulers[last + 1]]
-
-
-def lines_to_copy():
-    """The import lines that README's *Copy* puts above sections that are taken alone: its first block of Python."""
+def copied(what):
+    """The text that README's table under *Copy* tells to take for the row that begins with `what`."""
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^#+ Copy.*?^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    return (
-        found.group(1)
-        if found
-        else "import functools\nimport math\n\nimport torch\nfrom torch import Tensor\n"
-    )
+    (readme,) = re.findall(r"^## Copy\n(.*?)^## ", readme, re.MULTILINE | re.DOTALL)
+    (imports,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    (row,) = re.findall(rf"^\| {what}.* \| (\d).*? \| (\d).*? \| (.*?) \|$", readme, re.MULTILINE)
+    text = MODULE.read_text(encoding="utf-8")
+    rulers = [0, *(match.start() for match in re.finditer(r"^# =+ \d\. ", text, re.MULTILINE))]
+    return imports * (row[2] != "nothing") + "\n" + text[rulers[int(row[0])] : rulers[int(row[1])]]
 
 
 def lifted(name, text, tmp_path):
@@ -1409,12 +1400,9 @@ def lifted(name, text, tmp_path):
 
 
 def test_functions_lifted_out(tmp_path):
-    """Sections 1 and 2, each alone with README's import lines. Catches: a name from elsewhere; at the width of a real
-    LLM, too."""
-    lines = lines_to_copy()
-    assert "transformers" not in lines, "sections 1 and 2 need torch alone"
-    merging = lifted("merging", f"{lines}\n{sections(1, 1)}", tmp_path)
-    pruning = lifted("pruning", f"{lines}\n{sections(2, 2)}", tmp_path)
+    """Sections 1 and 2 alone, as README says. Catches: a name from elsewhere; at the width of a real LLM, too."""
+    merging, pruning = (lifted(kind, copied(kind), tmp_path) for kind in ("merging", "pruning"))
+    assert "transformers" not in copied("merging") + copied("pruning"), "sections 1 and 2 need torch alone"
     x, size = random(1, 1, 6, 8, 4096), torch.ones(1, 6, 8)
     for at in merging.merge_plan(6, 8, 0.25, 4):
         x, size, _ = merging.merge_axis(x, size, at[at[0]], at[0])
@@ -1427,8 +1415,8 @@ def test_functions_lifted_out(tmp_path):
 
 
 @torch.no_grad()
-def test_pruner_lifted_out(toy, tmp_path):
-    """The file above the ruler of section 5, saved as another file. Catches: the method leaning on what follows."""
+def test_units_lifted_out(toy, tmp_path):
+    """The text above section 5, and above section 7. Catches: units that lean on what follows them in the file."""
     (model, processor), before = toy, transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["luvc"]
     from toy.make import prompt_of
 
@@ -1438,10 +1426,15 @@ def test_pruner_lifted_out(toy, tmp_path):
     inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
     more = processor(text=["what colour is it?"] * len(texts), return_tensors="pt")["input_ids"]
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
-    config, out = LUVCConfig(vision_keep=1.0), []
+    out = []
     try:
-        module = lifted("pruner_alone", sections(0, 4), tmp_path)
-        for hooks in (module.Pruner(model), LUVC(model, config)):
+        first = lifted("first", copied("`Pruner` as"), tmp_path)
+        both_units = lifted("second", copied("`Pruner` and"), tmp_path)
+        pruner = both_units.Pruner(model, read_sizes=both_units.read_sizes)
+        attached = contextlib.ExitStack()
+        attached.enter_context(pruner)
+        attached.enter_context(both_units.Merger(model, pruner=pruner))
+        for hooks in (attached, LUVC(model), first.Pruner(model), LUVC(model, PRUNER)):
             with hooks:
                 for how in ({}, {"num_beams": 2}):
                     out.append(model.generate(**inputs, max_new_tokens=3, do_sample=False, **how).tolist())
@@ -1450,10 +1443,11 @@ def test_pruner_lifted_out(toy, tmp_path):
                 out.append(second.argmax(-1).tolist())
     finally:
         transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register("luvc", before)
-    for got, want, what in zip(
-        out[:3], out[3:], ("words", "words of beams", "words of a second turn"), strict=True
-    ):
-        same(got, want, f"the file above section 5, on the toy: {what}")
+    whats = itertools.product(
+        ("both units", "the Pruner"), ("words", "words of beams", "words of a second turn")
+    )
+    for got, want, (which, what) in zip(out[:3] + out[6:9], out[3:6] + out[9:], whats, strict=True):
+        same(got, want, f"{which} lifted out, on the toy: {what}")
 
 
 # ==== 9. Sizes and kernels ==================================================================================

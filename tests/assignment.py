@@ -40,7 +40,7 @@ TAUGHT = {  # function or Class.method -> (task, what is to be written, arithmet
     "Prompt.prune": (
         4,
         "prune for the next layer",
-        "self.select(hidden.device)  # at the end, if anything changed",
+        "self.select()  # at the end, if anything changed",
     ),
     "run_layer": (
         4,

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from test_luvc import (
     EPS,
     FLOATS,
+    LAYERS,
     LUVC,
     PIECES,
     SLOTS,
@@ -157,6 +158,8 @@ def test_merge_computes_in_float32_or_better(dtype):
     x = big * torch.tensor([[[[1, 0], [1, 0], [0, 1]]]], dtype=dtype)
     out, _, parent = merge_axis(x, torch.full((1, 1, 3), 300.0), 2, 2)
     same(out.tolist(), x[:, :, 1:].tolist(), f"{dtype}, tokens of length {big:g}, sizes of 300")
+    size = torch.tensor([[[2049.0, 1]]])
+    same(merge_axis(x[:, :, :2], size, 1, 2)[1].item(), 2050, f"{dtype} tokens of sizes 2049 and 1, float32")
     if dtype == torch.float64:
         size = torch.tensor([[[2**24 + 1, 2]]])  # float32 has no room for the first
         same(
@@ -556,6 +559,22 @@ def test_layers_do_not_wait_for_the_device(name, monkeypatch):
     run_inside_layers(tiny(name), enter, leave)
     with pytest.raises(AssertionError, match="wait"), mode:  # the probe itself
         torch.ones(3)[torch.tensor([True, False, True])]
+
+
+@every_family
+@torch.no_grad()
+def test_hidden_states_stay_logical(name):
+    """Catches: hooks in an order that shows callers the physical sequence."""
+    model = tiny(name)
+    inputs = batch(model, [ragged(name)[0]])
+    for _ in range(2):  # transformers puts its own hooks in at the first request, before and after LUVC's
+        with LUVC(model, both(name)) as luvc:
+            out = model(**inputs, output_hidden_states=True).hidden_states
+        assert [h.shape[1] for h in out] == [inputs["input_ids"].shape[1]] * (LAYERS + 1)
+        for layer in range(1 if name == "qwen3_vl" else LAYERS - 1):  # DeepStack adds to pruned rows as well
+            different = (out[layer] != out[layer + 1]).any(-1)[0].nonzero()[:, 0]
+            assert torch.equal(different, luvc.kept[layer][0]), "a pruned token must ride along as it is"
+        model(**inputs, output_hidden_states=True)
 
 
 # ==== On a GPU ==============================================================================================

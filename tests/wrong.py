@@ -112,7 +112,7 @@ def prune(self, hidden, fraction, choose):
     rows, size, changed = hidden.reshape(B * S, C), self.size.to(hidden.device).reshape(-1), False
     for group in self.pictures:
         keep, left = int(group.count * fraction + 0.5), group.where.shape[1]
-        if keep == left:
+        if keep >= left:
             continue
         at = group.where.to(hidden.device)
         kept = choose(rows[at], keep)
@@ -124,7 +124,7 @@ def prune(self, hidden, fraction, choose):
         changed = True
     if changed or self.size.device != hidden.device:
         self.size = size.view(B, S)
-        self.select(hidden.device)
+        self.select()
 """,
     "run_layer": """
 def run_layer(layer, plain, number, unit, hidden, **kwargs):
@@ -162,9 +162,7 @@ WRONG = [
      "wide = x.dtype"),
     ("merge_axis", "similarity in half precision", "t.square().sum(-1).sqrt()",
      "(t.to(x.dtype) if x.dtype == torch.bfloat16 else t).square().sum(-1).sqrt().to(wide)"),
-    ("merge_axis", "sizes summed in half precision", "scatter_add(-1, run, s)",
-     "to(size.dtype if size.is_floating_point() else wide).scatter_add(-1, run, s.to(size.dtype if "
-     "size.is_floating_point() else wide)).to(wide)"),
+    ("merge_axis", "sizes in the tokens' dtype", "size.to(wide).movedim", "size.to(x.dtype).to(wide).movedim"),
     ("merge_axis", "float64 by way of float32", "torch.float64 if x.dtype == torch.float64 else torch.float32",
      "torch.float32"),
     ("merge_axis", "sizes come back in another dtype", "total.to(size.dtype), parent", "total, parent"),
@@ -311,7 +309,7 @@ WRONG = [
     ("Prompt.prune", "pruned tokens keep their sizes", "torch.zeros_like(old)", "old"),
     ("Prompt.prune", "sizes are not inherited", "inherit(old, kept)", "old.gather(1, kept)"),
     ("Prompt.prune", "sizes become ones", "inherit(old, kept)", "torch.ones_like(kept, dtype=old.dtype)"),
-    ("Prompt.prune", "asked although all stay", "if keep == left:", "if keep > left:"),
+    ("Prompt.prune", "asked although all stay", "if keep >= left:", "if keep > left:"),
     ("Prompt.prune", "one is always left", "int(group.count * fraction + 0.5), group", "max(1, int(group.count * fraction + "
      "0.5)), group"),
     ("Prompt.prune", "chosen in float32", "choose(rows[at], keep)", "choose(rows[at].float(), keep)"),
@@ -321,7 +319,7 @@ WRONG = [
     ("Prompt.prune", "the chosen are taken for positions", "at.gather(1, kept)", "kept"),
     ("Prompt.prune", "sizes are written in place", "size = size.index_put((at,), torch.zeros_like(old))",
      "size.index_put_((at,), torch.zeros_like(old))"),
-    ("Prompt.prune", "select is forgotten", "        self.select(hidden.device)", "        pass"),
+    ("Prompt.prune", "select is forgotten", "        self.select()", "        pass"),
     ("Prompt.prune", "gradients of sizes are lost", "inherit(old, kept)", "inherit(old.detach(), kept)"),
     ("Prompt.prune", "all pictures are one", "kept = choose(rows[at], keep)",
      "kept = choose(rows[at].mean(0, keepdim=True), keep).expand(len(at), keep)"),
