@@ -46,10 +46,9 @@ TAUGHT = {  # function or Class.method -> (task, what is to be written, arithmet
         4,
         "gather the rows that are kept, run the layer, scatter its output back",
         "prompt: Prompt = kwargs.pop('prompt')\n"
-        "x = take(hidden, prompt.index)  # unless it is None\n"
-        "past = enter(prompt, number)\n"
-        "out = plain(x, **kwargs | arguments(layer, prompt, x, past, kwargs))\n"
-        "out = torch.where(prompt.here[..., None] > 0, out, x)  # if prompt.ragged\n"
+        "take(hidden, prompt.index)  # unless the index is None\n"
+        "kwargs | enter(layer, number, prompt, x, kwargs)  # what `plain` gets beside x\n"
+        "torch.where(prompt.here[..., None] > 0, out, x)  # if prompt.ragged\n"
         "put(hidden, prompt.index, out)",
     ),
 }

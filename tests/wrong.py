@@ -127,12 +127,12 @@ def prune(self, hidden, fraction, choose):
         self.select()
 """,
     "run_layer": """
-def run_layer(layer, plain, number, unit, hidden, **kwargs):
+def run_layer(layer, plain, number, pruner, hidden, **kwargs):
     prompt = kwargs.pop("prompt")
-    prompt.prune(hidden, unit.fractions[number], unit.config.prune)
+    prompt.prune(hidden, pruner.fractions[number], pruner.config.prune)
     short = hidden if prompt.index is None else take(hidden, prompt.index)
-    past = enter(prompt, number)
-    new = plain(short, **(kwargs | arguments(layer, prompt, short, past, kwargs)))
+    changed = enter(layer, number, prompt, short, kwargs)
+    new = plain(short, **(kwargs | changed))
     if prompt.ragged:
         new = torch.where(prompt.here.unsqueeze(-1) > 0, new, short)
     return new if prompt.index is None else put(hidden, prompt.index, new)
@@ -290,8 +290,8 @@ WRONG = [
     ("inherit", "ties to the later", "border = (kept[:, :-1] + kept[:, 1:]) / 2", "border = (kept[:, :-1] + kept[:, 1:] - 1) / 2"),
     ("inherit", "to the kept one before", "(kept[:, :-1] + kept[:, 1:]) / 2", "(kept[:, 1:] - 1).float()"),
     ("inherit", "borders of the first sample", "border.contiguous()", "border[:1].expand_as(border).contiguous()"),
-    ("inherit", "sums in half precision", "size.to(torch.float32) if size.dtype in (torch.float16, torch.bfloat16) else size",
-     "size"),
+    ("inherit", "sums in half precision", "wide = size.to(torch.float32) if", "wide = size.half() if size.dtype == torch.float32 "
+     "else size.to(torch.float32) if"),
     ("inherit", "sums in float32", "size.to(torch.float32) if size.dtype in (torch.float16, torch.bfloat16) else size",
      "size.to(torch.float32)"),
     ("inherit", "another dtype", "wide).to(size.dtype)", "wide)"),
@@ -329,24 +329,27 @@ WRONG = [
     # ---- run_layer
     ("run_layer", "the layer runs on everything", "short = hidden if prompt.index is None else take(hidden, prompt.index)",
      "short = hidden"),
-    ("run_layer", "the fractions of another layer", "unit.fractions[number]", "unit.fractions[max(0, number - 1)]"),
+    ("run_layer", "the fractions of another layer", "pruner.fractions[number]", "pruner.fractions[max(0, number - 1)]"),
+    ("run_layer", "a scheme of its own", "pruner.config.prune)", "spectral_prune)"),
+    ("run_layer", "pruned after it gathered", "    prompt.prune(hidden, pruner.fractions[number], pruner.config.prune)\n", "",
+     "    changed = enter(", "    prompt.prune(hidden, pruner.fractions[number], pruner.config.prune)\n    changed = enter("),
     ("run_layer", "pruned rows are zero", "put(hidden, prompt.index, new)", "put(torch.zeros_like(hidden), prompt.index, new)"),
     ("run_layer", "rows come back at the front", "put(hidden, prompt.index, new)",
      "torch.cat([new, hidden[:, new.shape[1] :]], 1)"),
+    ("run_layer", "the short sequence is returned", "put(hidden, prompt.index, new)", "new"),
     ("run_layer", "fillers are updated", "if prompt.ragged:", "if False:"),
     ("run_layer", "fillers become zero", "new, short)\n", "new, 0)\n"),
     ("run_layer", "pruned rows are detached", "put(hidden, prompt.index, new)", "put(hidden.detach(), prompt.index, new)"),
     ("run_layer", "the layer's rows are detached", "take(hidden, prompt.index)", "take(hidden.detach(), prompt.index)"),
-    ("run_layer", "the cache is told nothing", "past = enter(prompt, number)", "past = 0\n    prompt.layers.append((prompt.size, 0))"),
-    ("run_layer", "the cache of the first layer", "enter(prompt, number)", "enter(prompt, 0)"),
-    ("run_layer", "the mask of the whole sequence", "arguments(layer, prompt, short, past, kwargs)",
-     "arguments(layer, prompt, hidden, past, kwargs)"),
-    ("run_layer", "what transformers handed on", "(kwargs | arguments(layer, prompt, short, past, kwargs))",
-     "(arguments(layer, prompt, short, past, kwargs) | kwargs)"),
+    ("run_layer", "the cache of the first layer", "enter(layer, number,", "enter(layer, 0,"),
+    ("run_layer", "the cache is told twice", "    new = plain(", "    enter(layer, number, prompt, short, kwargs)\n    new = plain("),
+    ("run_layer", "mask and positions of the whole sequence", "prompt, short, kwargs)", "prompt, hidden, kwargs)"),
+    ("run_layer", "what transformers handed on", "(kwargs | changed)", "(changed | kwargs)"),
+    ("run_layer", "rotary positions are renumbered", "(kwargs | changed)",
+     "(changed | {key: kwargs[key] for key in kwargs if key not in changed} | {'position_embeddings': tuple(t[:, : short.shape"
+     "[1]].expand(len(short), -1, -1) for t in kwargs['position_embeddings'])})"),
     ("run_layer", "the output is added", "put(hidden, prompt.index, new)", "put(hidden, prompt.index, new + short)"),
     ("run_layer", "the input is written to", "return new if", "hidden.data[:, :1] += 1\n    return new if"),
-    ("run_layer", "without a default mask", "past = enter(prompt, number)", "past = enter(prompt, number)\n    kwargs.pop("
-     "\"position_embeddings\")"),
     ("run_layer", "in half precision", "put(hidden, prompt.index, new)",
      "put(hidden, prompt.index, new.bfloat16().to(hidden.dtype))"),
 ]  # fmt: skip
