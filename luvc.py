@@ -471,17 +471,23 @@ class Unit:
 EXTRA = 8
 
 
-def size_channels(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additional channels of keys: log(size) and zeros.
+def size_channels(size: Tensor) -> Tensor:
+    """The additional channels of keys: log(size), and zeros.
 
-    A token of size 0 is not there (padding, pruned, merged away). Its log is as low as the dtype
-    carries, low enough that its weight is exactly 0, but not so low that float32 products become
-    infinite.
-
-    Args: size (B, K) >= 0; dtype of the keys. Returns: (B, 1, K, EXTRA). Source: our choice.
+    Args: size (B, K) >= 0; a token of size 0 is not there (padding, pruned, merged away).
+    Returns: (B, 1, K, EXTRA) float32, the same for all heads. Source: our choice.
     """
-    lowest = max(torch.finfo(dtype).min, -1e36)
-    return nn.functional.pad(size.log().clamp(min=lowest).to(dtype)[:, None, :, None], (0, EXTRA - 1))
+    return nn.functional.pad(size.float().log()[:, None, :, None], (0, EXTRA - 1))
+
+
+def widen(x: Tensor, channels: Tensor) -> Tensor:
+    """Keys or values x (B, heads, K, D), with channels (B, 1, K, EXTRA) behind them.
+
+    log(0) becomes a number as low as the dtype carries: low enough that the weight of such a key is exactly
+    0, but not so low that float32 products become infinite.
+    """
+    lowest = max(torch.finfo(x.dtype).min, -1e36)
+    return torch.cat([x, channels.clamp(min=lowest).to(x.dtype).expand(-1, x.shape[1], -1, -1)], dim=-1)
 
 
 def sized_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
@@ -497,8 +503,7 @@ def sized_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     attend = ATTENTIONS.get_interface(twin.config._attn_implementation, eager)
     size = module.key_sizes() if module.key_sizes else None
     if size is not None:
-        channels = size_channels(size, key.dtype).expand(-1, key.shape[1], -1, -1)
-        key, value = torch.cat([key, channels], -1), nn.functional.pad(value, (0, EXTRA))
+        key, value = widen(key, size_channels(size)), nn.functional.pad(value, (0, EXTRA))
     if key.shape[-1] > D:
         query = nn.functional.pad(query, (0, EXTRA), value=1 / kwargs["scaling"])
     output, weights = attend(twin, query, key, value, attention_mask, **kwargs)
@@ -589,9 +594,9 @@ class Prompt:
         # Flash kernels want values as wide as keys. What comes out of their additional channels is cut off,
         # so there is room for a note: the position, in digits that are exact in every floating dtype.
         at = position + self.start
-        digits = torch.stack([at >> 16, at >> 8 & 255, at & 255], dim=-1)[:, None]  # (B, 1, K, 3)
-        weight = self.here if self.weigh else (self.here > 0).float()
-        self.channels = weight, nn.functional.pad(digits, (0, EXTRA - 3))
+        digits = torch.stack([at >> 16, at >> 8 & 255, at & 255], dim=-1)[:, None].float()  # (B, 1, K, 3)
+        weight = self.here if self.weigh else self.here > 0
+        self.channels = size_channels(weight), nn.functional.pad(digits, (0, EXTRA - 3))
 
     def prune(self, hidden: Tensor, fraction: float, choose: Callable[[Tensor, int], Tensor]) -> None:
         """Prune for a layer whose input is `hidden` (B, S, C).
@@ -604,8 +609,10 @@ class Prompt:
         What changes: `where` of those pictures and `size`, both new tensors (`layers` holds the old sizes),
         and what `select` works out from them.
         """
-        tokens, size, device = hidden.flatten(0, 1), self.size.flatten().to(hidden.device), hidden.device
-        changed = device != self.size.device
+        device, changed = hidden.device, hidden.device != self.size.device
+        if not self.pictures and not changed:
+            return
+        tokens, size = hidden.flatten(0, 1), self.size.flatten().to(device)
         for p in self.pictures:
             (n, k), keep = p.where.shape, math.floor(fraction * p.count + 0.5)
             if keep < k:
@@ -643,18 +650,15 @@ class PrunedLayer(DynamicLayer):
         """Store keys and values (B, heads, K, D). Returns all stored ones, (B, heads, n, D + EXTRA)."""
         if self.channels is None:  # not from `run_layer`: plain attention does not know the channels
             raise ValueError("this KV cache was filled under LUVC: attach LUVC again, or begin a new one")
-        (size, digits), self.channels, heads = self.channels, None, key_states.shape[1]
-        for_keys = size_channels(size, key_states.dtype).expand(-1, heads, -1, -1)
-        for_values = digits.to(value_states.dtype).expand(-1, heads, -1, -1)
-        new = torch.cat([key_states, for_keys], -1), torch.cat([value_states, for_values], -1)
-        return super().update(*new) if self.keeps else new
+        new = [widen(x, more) for x, more in zip((key_states, value_states), self.channels, strict=True)]
+        self.channels = None
+        return super().update(*new) if self.keeps else tuple(new)
 
     def hide(self, shown: Tensor) -> None:
         """From now on no query sees stored keys whose position is False in `shown` (B, seen) bool."""
         high, middle, low = self.values[:, 0, :, -EXTRA : 3 - EXTRA].long().unbind(-1)
         hidden = ~shown.to(high.device).gather(1, (high << 16) + (middle << 8) + low)  # (B, stored)
-        channels = size_channels(torch.zeros_like(hidden, dtype=torch.float32), self.keys.dtype)
-        keys = torch.cat([self.keys[..., :-EXTRA], channels.expand(*self.keys.shape[:-1], -1)], dim=-1)
+        keys = widen(self.keys[..., :-EXTRA], size_channels(torch.zeros_like(hidden)))
         self.keys = torch.where(hidden[:, None, :, None], keys, self.keys)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -713,6 +717,8 @@ def enter(layer: nn.Module, number: int, prompt: Prompt, x: Tensor, kwargs: dict
 
 def causal_mask(config, x: Tensor, past: int) -> Tensor | None:
     """The mask that transformers makes for x (B, K, C) behind `past` others; flash kernels need none."""
+    if x.shape[1] == 1:  # a word that was just generated sees all that is stored
+        return None
     K, more = x.shape[1], {"mask_function": causal_mask_function, "allow_is_causal_skip": True}
     more |= {"q_offset": past, "kv_offset": 0, "attention_mask": None, "use_vmap": False, "config": config}
     make = MASKS[config._attn_implementation]
@@ -1219,7 +1225,8 @@ class Merger(Unit):
     def _before_block(self, number: int, module, args, kwargs):
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
         if any(isinstance(mask, Tensor) for mask in (*rest, kwargs.get("attention_mask"))):
-            raise ValueError("a tile has padding, which cannot be merged; split pictures into whole tiles")
+            what = "a tile has padding, or the encoder was compiled"
+            raise ValueError(f"{what}: neither can be merged; split pictures into whole tiles")
         pictures = CALL.get()["pictures"]
         if number in self.merges:
             hidden = pictures.merge(hidden)
@@ -1489,10 +1496,11 @@ def check_call(pruner: Pruner, call: dict | None, kwargs: dict, given: Tensor, s
         want = f"a 2-D one of {start} + {S} columns, or none, and a DynamicCache"
         raise ValueError(f"attention_mask {got}: LUVC needs {want}")
     packed = kwargs.get("cu_seq_lens_q") is not None
-    if at is not None and S > 1:  # of M-RoPE's rows the first: its text is in order
-        text = shown if kinds is None else kinds == 0
-        text = text & shown.all(1, keepdim=True)  # where there is padding, positions may be anything
-        at = (at[0] if at.ndim == 3 else at).to(text.device) * text
+    if at is not None and S > 1:
+        text = shown.all(1, keepdim=True)  # where there is padding, positions may be anything
+        if at.ndim == 3:  # M-RoPE: of its rows the first, which rises in text alone
+            at, text = at[0], text if kinds is None else text & (kinds == 0)
+        at = at.to(text.device) * text
         packed = packed or bool(((at < at.cummax(-1).values) & text).any())
     if packed:
         raise ValueError("position_ids begin again within a row: LUVC needs one sequence per row")
