@@ -90,7 +90,7 @@ def four_patches(photo, patches, row, column):
 
 def groups_and_tokens(photo, columns):
     """Groups above, patches painted as their tokens below. columns: (title, groups, painted, title below)."""
-    _, axes = figure(9, 6.4, rows=2, columns=len(columns))
+    _, axes = figure(9, 5.2, rows=2, columns=len(columns))
     for (title, groups, painted, below), (upper, lower) in zip(columns, axes.T, strict=True):
         upper.imshow(photo)
         outline(upper, groups, photo.width, width=0.5)
@@ -124,7 +124,7 @@ def alive_in_layers(picture, panels, columns=4, groups=None):
     for ax, shown, (title, alive) in zip(axes.flat, pictures, panels, strict=True):
         bleached(ax, shown, alive)
         if groups is not None:
-            outline(ax, groups, shown.width, width=0.3)
+            outline(ax, groups, shown.width, width=0.2)
         ax.set_title(title)
     plt.show()
 
@@ -195,7 +195,7 @@ def filtered_by_hand(signal, waves, slow):
             color=plt.get_cmap("viridis")(number / 3),
             label=name,
         )
-    axes[1].set(title="what passes: the mean and two waves", ylim=(-1.5, 9))
+    axes[1].set(title="what passes: the mean and two waves", ylim=(-1.5, 11))
     axes[1].legend(loc="upper right")
     detail = [abs(a - b) for a, b in zip(signal, slow, strict=True)]
     best = sorted(detail)[-3]

@@ -1,7 +1,7 @@
-"""Figures of the README, from real output.
+"""Two figures of the documentation, from real output.
 
-python toy/figure.py                  # toy/figure.png: which patches live in which layer
-python toy/figure.py --lost SEED      # toy/lost.png: a number that is read, and lost, as more is merged
+python toy/figure.py                # toy/figure.png, of README.md: which patches live in which layer
+python toy/figure.py --lost SEED    # toy/lost.png, of docs/results.md: a number lost as more is merged
 """
 
 import argparse
@@ -31,16 +31,20 @@ def patches_alive(luvc, layer, first):
     return torch.isin(groups, tokens).view(H, W)
 
 
-def outlined(picture, groups, size):
+def outlined(picture, groups, size, width=1):
     """The picture, size x size pixels, with lines where one token ends and the next begins; groups (H, W)."""
     shown = picture.resize((size, size))
-    pen, step = ImageDraw.Draw(shown), size / groups.shape[1]
+    pen, step, lines = ImageDraw.Draw(shown), size / groups.shape[1], []
     for row, column in (groups[:, 1:] != groups[:, :-1]).nonzero().tolist():
         x, y = (column + 1) * step, row * step
-        pen.line([x, y, x, y + step], fill=LINE)
+        lines.append([x, y, x, y + step])
     for row, column in (groups[1:] != groups[:-1]).nonzero().tolist():
         x, y = column * step, (row + 1) * step
-        pen.line([x, y, x + step, y], fill=LINE)
+        lines.append([x, y, x + step, y])
+    looks = ((LINE, 1),) if width == 1 else (("black", 2 * width), ("white", width))  # seen on any background
+    for colour, wide in looks:
+        for line in lines:
+            pen.line(line, fill=colour, width=wide)
     return shown
 
 
@@ -121,7 +125,7 @@ def lost(reader, seed, where):
         config = LUVCConfig(vision_keep=keep) if keep else None
         said, _, luvc = reader.ask(picture, prompt, config)
         groups = luvc.groups[0] if keep and keep < 1 else reader.every
-        shown = outlined(picture, groups.view(size, -1), zoom * picture.width)
+        shown = outlined(picture, groups.view(size, -1), zoom * picture.width, width=6)
         shown = shown.crop([zoom * v for v in (left, top, left + side, top + side)]).resize((SIDE, SIDE))
         title = f"plain: {said}" if keep is None else f"vision_keep {keep:g}: {said}"
         panels.append((title, shown))
