@@ -4,4 +4,4 @@ import pytest
 
 pytest.register_assert_rewrite("test_luvc")
 
-import test_luvc  # noqa: E402, F401
+from test_luvc import toy  # noqa: E402, F401 (a fixture)
