@@ -166,8 +166,15 @@ WITH = {  # the same, while a LUVC is attached
     "a quantised cache": (given_cache(transformers.QuantizedCache), "QuantizedCache.*use a DynamicCache"),
     "a filled cache": (filled_without, "without LUVC; begin anew"),
     "cropping": (lambda m, i: stored(m(**i)).crop(-1), "cannot crop"),
-    "assisted decoding": (lambda m, i: generating(assistant_model=tiny())(m, i), "crop.*assisted|Assisted.*crop"),
-    "prompt lookup": (generating(prompt_lookup_num_tokens=2), "crop.*prompt-lookup|Assisted.*crop", "qwen3_vl"),
+    "assisted decoding": (
+        lambda m, i: generating(assistant_model=tiny())(m, i),
+        "crop.*assisted|Assisted.*crop",
+    ),
+    "prompt lookup": (
+        generating(prompt_lookup_num_tokens=2),
+        "crop.*prompt-lookup|Assisted.*crop",
+        "qwen3_vl",
+    ),
     "a 4-D mask": (square_mask, "attention_mask.*2-D"),
     "no ids": (without_ids, "input_ids.*instead of inputs_embeds"),
     "packed rows": (packed, "begin again.*one sequence per row"),
