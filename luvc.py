@@ -1101,6 +1101,7 @@ class Tiles:
             self.grids.append(Grid(numbers, plan, size, token))
 
     def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
+        """The encoder's tokens (unit: its own) or features (unit 1) -> grids of slots, without the prefix."""
         n, h, w = self.grids[0].size.shape
         if x.shape[1] != prefix + h * w * unit**2:
             raise ValueError(f"{x.shape[1]} tokens: feature layer, strategy and size must be the config's")
@@ -1108,6 +1109,7 @@ class Tiles:
         return [x.transpose(2, 3).reshape(n, h, w, -1)]
 
     def join(self, parts: list[Tensor], unit: int, head: Tensor, whole: bool = False) -> Tensor:
+        """Back to the encoder's order, behind the prefix `head`; `whole`: as many slots as at the beginning."""
         n, h, w, _ = parts[0].shape
         x = parts[0].reshape(n, h, w, unit, unit, -1).transpose(2, 3)
         return torch.cat([head, x.reshape(n, h * w * unit**2, -1)], dim=1)
@@ -1228,7 +1230,11 @@ class Packed(Tiles):
         return None
 
     def rotary(self, vision: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of the merged tokens: a position is the mean over the patches that were merged."""
+        """(cos, sin) of the merged tokens: a position is the mean over the patches that were merged.
+
+        Patches stand in squares of unit x unit, and merge with those in the same corner of other slots: so
+        the mean over the slots, in patches, plus the corner. It need not be a whole number.
+        """
         parts, unit, device = [], self.unit, hidden.device
         for grid in self.grids:
             (_, H, W), (n, h, w), token = grid.plan[0], grid.size.shape, grid.token.to(device)
@@ -1241,6 +1247,11 @@ class Packed(Tiles):
         return vision.rotary_pos_emb(hidden, at)
 
     def arguments(self, vision: nn.Module, number: int, hidden: Tensor, kwargs: dict) -> dict:
+        """Rotary positions, and where frames or windows end, of the tokens that are left.
+
+        The encoder worked both out for all patches, before its first block. Rotary positions change with
+        the grids only, so they are made once after each merge.
+        """
         self.cos_sin = self.rotary(vision, hidden) if self.cos_sin is None else self.cos_sin
         full = self.window is None or number in vision.fullatt_block_indexes
         ends, longest = self.ends[0 if full else 1]
@@ -1289,7 +1300,8 @@ class Merger(Unit):
             raise ValueError(f"{family.no_merger}, so this model cannot merge; set vision_keep=1.0")
         if steps and not 2 <= steps <= blocks:
             raise ValueError(f"vision_steps={steps} must lie in [2, {blocks}], at most one per block")
-        # Our choice: the merges are spread evenly over the blocks, `steps` of them before these blocks.
+        # Our choice: the merges are spread evenly over the blocks, `steps` of them before these blocks. The
+        # first block always sees the whole picture: before it, tokens are pixels and no features.
         self.merges = {(step + 1) * blocks // (steps + 1) for step in range(steps)}
         self.config, self.family, self.steps = config, family, steps
         self.latest: Tiles | None = None  # the pictures that were encoded last
@@ -1302,6 +1314,7 @@ class Merger(Unit):
         # Nothing but the sizes of pictures is noted, for reports.
         if not self.steps:
             return
+        # Blocks before the first merge run as they are; the others get what fits fewer tokens.
         for number, block in enumerate(family.blocks):
             if number >= min(self.merges):
                 hook = functools.partial(self._before_block, number)
@@ -1468,6 +1481,7 @@ class LUVC(Unit):
     """
 
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
+        # All that can be wrong with the model or the settings is found here, before anything is changed.
         self.config, base = config, model.get_base_model() if hasattr(model, "get_base_model") else model
         self.family, merges = family_of(base), read_sizes if config.vision_keep < 1 else None
         self.pruner = Pruner(model, config, self.family.tiles, merges)
@@ -1548,18 +1562,21 @@ class Report:
         # Quantised linear maps are of many classes; PEFT wraps a base_layer, which would be counted twice.
         linear = (m for m in layer.modules() if hasattr(m, "in_features") and not hasattr(m, "base_layer"))
         M = sum(m.in_features * m.out_features for m in linear)
-        # LUVC's and the plain model's: positions n (2, layers, B), behind p (2, layers, 1) stored ones.
+        # Index 0 is LUVC, index 1 the plain model, which processes what is shown, dead slots as well:
+        # positions n (2, layers, B), behind p (2, layers, 1) stored ones.
         here = torch.stack([size.cpu() > 0 for size, _ in prompt.layers])  # (layers, B, S)
         visual = torch.zeros_like(here[0]) if prompt.kinds is None else prompt.kinds.cpu() > 0
         n = torch.stack([here, (visual | here[0]).expand_as(here)]).sum(-1).double()
         p = torch.tensor([[past for _, past in prompt.layers], [prompt.start] * len(here)])[..., None]
         flops = 2 * M * n + 4 * config.num_attention_heads * head * n * (p + (n + 1) / 2)
         B, S = visual.shape
+        # What a KV cache holds: every sample of a batch as many columns as the longest one.
         columns, full = (p[0, :, 0] + n[0].amax(-1)).sum(), len(here) * (prompt.start + S)
         # Bytes of one channel of keys and values.
         each = 2 * B * config.num_key_value_heads * decoder.embed_tokens.weight.element_size()
         stored = full * head if off else int(columns) * (head + EXTRA)
         pictures, merges = luvc.merger.latest, luvc.merger.merges
+        # How many merges lie before each block; a block's tokens are those of the plan after so many steps.
         steps = [sum(merge <= block for merge in merges) for block in range(len(family.blocks))]
         grids = pictures.grids if pictures else []
         slots = [sum(len(g.numbers) * math.prod(g.plan[step][1:]) for g in grids) for step in steps]
@@ -1569,6 +1586,7 @@ class Report:
         return Report(*tokens, *sums, each * stored, each * full * head, left / plain)
 
     def __str__(self) -> str:
+        """A table with a bar per decoder layer: as long as the positions that are left in it."""
         plain = f"{self.visual_full} and {self.positions_full}"
         lines = [f"vision tokens, per encoder block: {', '.join(map(str, self.vision_tokens))}"]
         lines.append(f"decoder layer, visual tokens, all positions (plain: {plain})")
@@ -1579,10 +1597,17 @@ class Report:
 
 
 # The rest of this section is no part of the method: it stops models and calls that would go wrong in silence.
+# Why these? A sliding window counts stored columns, but a pruned layer stores fewer of them than positions.
+# Linear attention has no keys to leave out. A mask made by the caller has one column per position, and so no
+# layer's shape. In packed rows and under checkpointing, a layer would see another sequence than the Prompt
+# says. Whatever is refused is refused before the model or the KV cache is changed.
 
 
 def check_decoder(decoder: nn.Module) -> None:
-    """Raises: ValueError for an LLM that the Pruner cannot work with."""
+    """Refuse an LLM that the Pruner cannot work with, when LUVC is made.
+
+    Raises: ValueError that names the kind of layer, the decoder or the attention, and what is supported.
+    """
     text = decoder.config
     window = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
     layers = set(getattr(text, "layer_types", None) or [window])
@@ -1628,7 +1653,11 @@ def check_call(pruner: Pruner, call: dict | None, kwargs: dict, given: Tensor, s
 
 
 def refuse(plain: Callable | None, *args, **kwargs):
-    """Stands in for ways to generate that would fail in silence, or cut pictures in two."""
+    """Stands in for ways to generate that would fail in silence, or cut pictures in two.
+
+    Continuous batching (plain None) has a KV cache of pages, of one length for all layers. A prefill in
+    chunks may begin a new one inside of a picture, and the filter needs all of it.
+    """
     if plain is None or args[1].prefill_chunk_size is not None:
         raise ValueError("LUVC has neither continuous batching nor prefill_chunk_size; use plain generate()")
     return plain(*args, **kwargs)
@@ -1682,10 +1711,11 @@ def ask(args: argparse.Namespace) -> str:
         model(**inputs, use_cache=True, logits_to_keep=1).logits.sum().item()  # waits for the device
         return (time.perf_counter() - start) * 1e3
 
+    # The answers first, then the times: plain and LUVC in turns, since machines are noisy.
     full, times = answer(), []
     with luvc:
         less, report = answer(), luvc.report()
-    for _ in range(9):  # in turns: machines are noisy
+    for _ in range(9):
         plain = prefill()
         with luvc:
             times.append((plain, prefill()))
