@@ -157,7 +157,7 @@ WITH = {  # the same, while a LUVC is attached
     "attaching twice": (lambda m, i: LUVC(m).attach(), "attached.*already; detach"),
     "attaching inside": (lambda m, i: LUVC(m.model).attach(), "attached.*already; detach"),
     "deepcopy": (lambda m, i: copy.deepcopy(m), "copied.*detach"),
-    "pickle": (lambda m, i: pickle.dumps(m), "pickled.*detach"),
+    "pickle": (lambda m, i: pickle.dumps(m), "pickled.*detach", "idefics3"),
     "export": (lambda m, i: torch.export.export(m, (), i, strict=False), "eager mode.*without it"),
     "continuous batching": (lambda m, i: m.generate_batch([[1, 5]]), "continuous batching.*use"),
     "prefill in chunks": (generating(prefill_chunk_size=8), "prefill_chunk_size.*use", "qwen2_5_vl"),
