@@ -37,6 +37,8 @@ Words for a place, each with one meaning:
     flat      one number for two: row * columns + column of a grid, sample * S + position of a batch
     parent    the token of the merged grid that a token went into (flat)
     home      the slot that a merged token goes to
+    dead      a slot whose token went home elsewhere: it holds a signpost, and no layer processes it
+    filler    a position of size 0 that makes a shorter sample of a batch as long as the longest one
 
 Only the paper's abstract and summaries were available: what it states and what we choose is README's ledger,
 and `Our choice` marks where a choice is made. Not done here, and refused with an error that says so: other
@@ -288,7 +290,8 @@ def spectral_prune(x: Tensor, keep: int, cutoff: float = 0.5, channels: int = 64
     # To norm 1: one token of huge norm would ring through the filter and lift all others.
     token = token / token.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     score = (spectral_score(token, cutoff) * 2**14).round()
-    # A stable sort leaves ties in their order; the second one puts those chosen back into sequence order.
+    # A stable sort leaves ties in their order, so the lower index wins. The second sort puts those that were
+    # chosen back into sequence order, in which everything behind this expects them.
     order = score.sort(dim=1, descending=True, stable=True).indices
     return order[:, :keep].sort(dim=1).values
 
@@ -304,6 +307,7 @@ def inherit(size: Tensor, kept: Tensor) -> Tensor:
     Returns: (B, K), the sizes of those kept, in the dtype of `size` (sums are made in that dtype, float16 and
         bfloat16 in float32); they sum to what all sizes summed to. Source: our choice.
     """
+    # Half way between two kept tokens the sizes begin to go to the right one.
     # The last token that is nearer to its left neighbour.
     middle = (kept[:, :-1] + kept[:, 1:]) // 2
     starts = torch.zeros_like(size, dtype=torch.int64).scatter_(1, middle + 1, 1)
@@ -346,7 +350,8 @@ if tuple(int(n) for n in transformers.__version__.split(".")[:2]) > (5, 24):
 #                      that pick samples
 #   MASKS[...]         mask functions, with the keywords in `causal_mask`
 #   vision encoders    forward(pixels or hidden_states, grid_thw); blocks take hidden states first, Qwen's
-#                      also cu_seqlens, max_seqlen, position_embeddings by keyword; Qwen's rotary_pos_emb(x, at)
+#                      also cu_seqlens, max_seqlen, position_embeddings by keyword; and Qwen's
+#                      rotary_pos_emb(x, positions)
 #   generate           _prefill, init_continuous_batching: only to refuse what they do
 #
 # The name of the KV cache in every forward: `cache` since 5.24, `past_key_values` before.
@@ -386,7 +391,8 @@ class LUVCConfig:
             got = f"merge={self.merge!r}, prune={self.prune!r}, sizes={self.sizes!r}"
             raise ValueError(f"{got}: they must be a function, a function, and True or False")
         if isinstance(self.llm_keep, Sequence) and not isinstance(self.llm_keep, str):
-            object.__setattr__(self, "llm_keep", tuple(self.llm_keep))  # the caller's list stays the caller's
+            # The caller's list stays the caller's.
+            object.__setattr__(self, "llm_keep", tuple(self.llm_keep))
         given = (1.0,) if self.llm_keep is None else self.llm_keep
         given = given if isinstance(given, tuple) else (given,)
         if not given or not all(isinstance(f, Real) and 0 <= f <= 1 for f in given):
@@ -695,11 +701,13 @@ class PrunedLayer(DynamicLayer):
 
     def __init__(self, keeps: bool = True):
         super().__init__()
-        self.keeps = keeps  # False: the caller wants no KV cache
+        # False: the caller wants no KV cache.
+        self.keeps = keeps
         self.seen = 0  # logical length
         # (B, seen) bool, in layer 0: what the latest mask showed.
         self.shown: Tensor | None = None
-        self.channels: tuple[Tensor, Tensor] | None = None  # for the keys and values that come next
+        # For the keys and values that come next.
+        self.channels: tuple[Tensor, Tensor] | None = None
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -866,7 +874,8 @@ class Pruner(Unit):
 
     def _run_features(self, kind: str, plain: Callable, *args, **kwargs):
         """Encode pictures or clips, and note what came out. A clip's features are marked with its frames."""
-        call, token = CALL.get(), CALL.set({})  # the encoder works in a note of its own
+        # The encoder works in a note of its own.
+        call, token = CALL.get(), CALL.set({})
         try:
             output = plain(*args, **kwargs)
         finally:
@@ -947,7 +956,8 @@ def read_prompt(pruner: Pruner, call: dict, kinds, shown: Tensor, embeds: Tensor
     where, number = torch.cat(where), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     # Our choice: if a prompt ends with a picture, the last token stays to the last layer, like text,
     # since the answer begins there.
-    last = torch.arange(B) * S + S - 1 - shown.flip(1).argmax(1)  # flat: the last position that is shown
+    # Of each sample the last position that is shown, flat.
+    last = torch.arange(B) * S + S - 1 - shown.flip(1).argmax(1)
     ends = (kinds.flatten()[last] * shown.flatten()[last]) > 0
     if ends.any() and (pruner.read_sizes is not None or not keeps):
         why = "without a KV cache" if pruner.read_sizes is None else "under the merger"
@@ -1109,7 +1119,7 @@ class Tiles:
         return [x.transpose(2, 3).reshape(n, h, w, -1)]
 
     def join(self, parts: list[Tensor], unit: int, head: Tensor, whole: bool = False) -> Tensor:
-        """Back to the encoder's order, behind the prefix `head`; `whole`: as many slots as at the beginning."""
+        """Back to the encoder's order, behind the prefix `head`; `whole`: all slots are there again."""
         n, h, w, _ = parts[0].shape
         x = parts[0].reshape(n, h, w, unit, unit, -1).transpose(2, 3)
         return torch.cat([head, x.reshape(n, h * w * unit**2, -1)], dim=1)
@@ -1211,7 +1221,8 @@ class Packed(Tiles):
             grid.at = grid.at + torch.tensor([starts[i] for i in grid.numbers], device=device)[:, None]
         self.back = torch.cat([grid.at.flatten() for grid in self.grids]).argsort()
         frames = [area * unit**2 for _, area in sorted(areas.items())]
-        self.ends = [  # (ends, longest) of frames, and of windows
+        # (ends, longest) of frames, and of windows.
+        self.ends = [
             (torch.tensor([0, *itertools.accumulate(each)], dtype=torch.int32, device=device), max(each))
             for each in (frames, [length for i in sorted(windows) for length in windows[i]])
         ]
@@ -1304,7 +1315,8 @@ class Merger(Unit):
         # first block always sees the whole picture: before it, tokens are pixels and no features.
         self.merges = {(step + 1) * blocks // (steps + 1) for step in range(steps)}
         self.config, self.family, self.steps = config, family, steps
-        self.latest: Tiles | None = None  # the pictures that were encoded last
+        # The pictures that were encoded last.
+        self.latest: Tiles | None = None
         own = Pruner(model, replace(config, llm_keep=1.0), family.tiles, read_sizes if steps else None)
         super().__init__(model, *(() if pruner else (own,)))
 
@@ -1672,7 +1684,8 @@ def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
     """(model, processor) of a checkpoint folder or hub name; only safetensors, no code that comes along."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    torch.empty(0, device=device)  # is it there? before gigabytes are read
+    # Is the device there? Asked before gigabytes are read.
+    torch.empty(0, device=device)
     where, safe = TOY if name == "toy" else name, {"use_safetensors": True, "trust_remote_code": False}
     processor = AutoProcessor.from_pretrained(where, trust_remote_code=False)
     make = AutoModelForImageTextToText.from_pretrained
@@ -1680,7 +1693,10 @@ def load(name: str, device: str, dtype: str = "auto", attn: str = "sdpa"):
 
 
 def encode(processor, picture, prompt: str):
-    """Model inputs for one picture and one question, through the processor's chat template if it has one."""
+    """Model inputs for one picture and one question, through the processor's chat template if it has one.
+
+    Any processor of transformers will do; one without a template gets the placeholder in front.
+    """
     text = f"<image>\n{prompt}"
     if getattr(processor, "chat_template", None):
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -1689,7 +1705,11 @@ def encode(processor, picture, prompt: str):
 
 
 def ask(args: argparse.Namespace) -> str:
-    """One question with and without LUVC: what is printed."""
+    """One question with and without LUVC.
+
+    Args: args, what `main` parsed. Returns: the text, or one JSON object, that is printed.
+    Raises: whatever loading a model or a picture raises; ValueError for settings that do not fit.
+    """
     from PIL import Image
     from transformers.utils import logging
 
