@@ -411,6 +411,8 @@ class LUVCConfig:
         return [1 - n / (layers - 1) if f is None else float(f) for n, f in enumerate(each)]
 
 
+EAGER = "LUVC needs eager mode; compile or export a model without it, and load a compiled one anew"
+
 # Models are changed in place, by giving modules other attributes: a `forward` that does more and then calls
 # the one it replaced. An instance's attribute hides the method of its class, so taking it away again
 # restores the model exactly, and no line of transformers' modelling code is copied.
@@ -451,7 +453,7 @@ class Unit:
         """
         plain = getattr(owner, name)
         run = functools.wraps(plain)(functools.partial(run, *more, plain))
-        self.replace(owner, name, torch.compiler.disable(run))
+        self.replace(owner, name, torch.compiler.disable(run, reason=EAGER))
 
     def weigh_keys(self, attention: nn.Module, sizes: Callable | None = None) -> None:
         """Let an attention module use `sized_attention`.
@@ -927,9 +929,6 @@ class Pruner(Unit):
         prompt.cache, prompt.kinds = None, None if kinds is None else kinds * shown
         self.latest = prompt if kinds is not None or shown.shape[1] > 1 else self.latest
         return output
-
-
-EAGER = "LUVC needs eager mode; compile or export a model without it, and load a compiled one anew"
 
 
 def read_prompt(pruner: Pruner, call: dict, kinds, shown: Tensor, embeds: Tensor, keeps: bool) -> tuple:
