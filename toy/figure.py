@@ -125,7 +125,7 @@ def lost(reader, seed, where):
         config = LUVCConfig(vision_keep=keep) if keep else None
         said, _, luvc = reader.ask(picture, prompt, config)
         groups = luvc.groups[0] if keep and keep < 1 else reader.every
-        shown = outlined(picture, groups.view(size, -1), zoom * picture.width, width=6)
+        shown = outlined(picture, groups.view(size, -1), zoom * picture.width, width=3)
         shown = shown.crop([zoom * v for v in (left, top, left + side, top + side)]).resize((SIDE, SIDE))
         title = f"plain: {said}" if keep is None else f"vision_keep {keep:g}: {said}"
         panels.append((title, shown))
