@@ -1133,7 +1133,7 @@ class Tiles:
     def key_sizes(self) -> Tensor | None:
         """(n, prefix + patches) sizes of the tokens, for the encoder's attention; None before a merge.
 
-        Our choice, measured on a real encoder: features are nearer to those of the full one (docs/results.md).
+        Our choice; on a real encoder features come nearer to those of the full one (docs/results.md).
         """
         if not self.done:
             return None
