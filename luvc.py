@@ -203,7 +203,7 @@ def follow(token: Tensor, parent: Tensor) -> Tensor:
 #     detail      0.2  0.5  1.2  1.5  1.2  0.5  0.2  0.5     three may stay: the 9 and its neighbours
 #
 # Two readings of "low-pass filter" are possible: keep the tokens that the filter passes, or those that it
-# does not reproduce. Measured, the second is right and the first as bad as no picture (docs/results.md).
+# does not reproduce. The second loses less, on the toy and on a real model (docs/results.md).
 #
 # Why one dimension, when a picture has two? After the first cut there is no grid any more, only tokens in
 # their order; and a row's neighbours in it are neighbours in the picture.
@@ -580,7 +580,7 @@ ATTENTIONS.register("luvc", sized_attention)
 # *fillers*, positions of size 0, which weigh nothing: there is no mask beyond the causal one, and flash
 # kernels run, in any batch.
 #
-# One call, step by step, in the order in which the functions below stand:
+# One call, step by step (the hooks stand in `Pruner`, at the end of the section):
 #
 #     _run_base      opens a note, CALL, and calls the model's own forward
 #     _run_features  encodes the pictures; how many slots each of them has goes into the note
