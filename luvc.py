@@ -518,24 +518,24 @@ class Unit:
 EXTRA = 8
 
 
-def size_channels(size: Tensor) -> Tensor:
+def size_channels(size: Tensor, dtype: torch.dtype) -> Tensor:
     """The additional channels of keys: log(size), and zeros.
 
-    Args: size (B, K) >= 0. Size 1 adds nothing, as log(1) is 0; a token of size 0 is not there (padding,
-        pruned, merged away): log(0) is minus infinity.
-    Returns: (B, 1, K, EXTRA) float32, the same for all heads. Source: our choice.
+    Args: size (B, K) >= 0. Size 1 adds nothing, as log(1) is 0. A token of size 0 is not there (padding,
+        pruned, merged away): log(0) becomes a number as low as the dtype carries, low enough that the
+        weight of such a key is exactly 0, but not so low that float32 products become infinite.
+    Returns: (B, 1, K, EXTRA) of that dtype, the same for all heads. Source: our choice.
     """
-    return nn.functional.pad(size.float().log()[:, None, :, None], (0, EXTRA - 1))
+    log = size.float().log().clamp(min=max(torch.finfo(dtype).min, -1e36)).to(dtype)
+    return nn.functional.pad(log[:, None, :, None], (0, EXTRA - 1))
 
 
 def widen(x: Tensor, channels: Tensor) -> Tensor:
-    """Keys or values x (B, heads, K, D), with channels (B, 1, K, EXTRA) behind them.
-
-    log(0) becomes a number as low as the dtype carries: low enough that the weight of such a key is exactly
-    0, but not so low that float32 products become infinite.
-    """
-    lowest = max(torch.finfo(x.dtype).min, -1e36)
-    return torch.cat([x, channels.clamp(min=lowest).to(x.dtype).expand(-1, x.shape[1], -1, -1)], dim=-1)
+    """Keys or values x (B, heads, K, D), with channels (B or 1, 1, K, EXTRA) behind them."""
+    # Under autocast keys may have another dtype than what the LLM was given.
+    if channels.dtype != x.dtype:
+        channels = channels.to(x.dtype).clamp(min=torch.finfo(x.dtype).min)
+    return torch.cat([x, channels.expand(*x.shape[:2], -1, -1)], dim=-1)
 
 
 def sized_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
@@ -548,12 +548,13 @@ def sized_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     # Kernels read what they need from the module, its config among it. They get the twin, which has the
     # config that names them, and not the one that named this function.
     twin, D = module.twin, query.shape[-1]
-    twin.training = module.training
+    if twin.training != module.training:
+        twin.training = module.training
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ATTENTIONS.get_interface(twin.config._attn_implementation, eager)
     size = module.key_sizes() if module.key_sizes else None
     if size is not None:
-        key, value = widen(key, size_channels(size)), nn.functional.pad(value, (0, EXTRA))
+        key, value = widen(key, size_channels(size, key.dtype)), nn.functional.pad(value, (0, EXTRA))
     if key.shape[-1] > D:
         query = nn.functional.pad(query, (0, EXTRA), value=1 / kwargs["scaling"])
     output, weights = attend(twin, query, key, value, attention_mask, **kwargs)
@@ -611,8 +612,7 @@ class Pictures:
     count: int
     """Tokens of each that the encoder delivered: fractions are fractions of these."""
     where: Tensor
-    """(n, k) int64: the tokens of each that are still kept, ascending, as flat positions sample * S +
-    position."""
+    """(n, k) int64: the tokens of each that are still kept, ascending, as flat positions."""
     per_sample: list[int]
     """How many of these pictures stand in each sample of the batch."""
 
@@ -626,41 +626,46 @@ class Prompt:
     Args:
         size: (B, S) float32, how many tokens each position stands for. 0: it is not there, as padding, or
             as a placeholder whose token was merged into another one's.
-        pictures: what can be pruned.
-        texts: per sample, how many positions every layer processes.
+        pictures: list of `Pictures`, what can be pruned.
+        texts: list of int; per sample, how many positions every layer processes.
         cache: the KV cache of the call, all of its layers PrunedLayers; None if no layer will run.
+        dtype: of the input of the LLM, and so of its keys and values.
         weigh: does a token weigh what it stands for, or all the same?
     """
 
-    def __init__(self, size: Tensor, pictures: list, texts: list[int], cache=None, weigh: bool = True):
-        self.size, self.pictures, self.texts, self.cache, self.weigh = size, pictures, texts, cache, weigh
+    def __init__(self, size, pictures, texts, cache=None, dtype=torch.float32, weigh=True):
+        self.size, self.pictures, self.texts, self.cache = size, pictures, texts, cache
+        self.dtype, self.weigh = dtype, weigh
         self.start = cache.get_seq_length() if cache is not None else 0  # positions seen before this call
         # Of each layer so far: sizes (B, S), and how many columns its cache had stored before.
         self.layers: list[tuple[Tensor, int]] = []
+        # Flash kernels want values as wide as keys. What comes out of their additional channels is cut off,
+        # so there is room for a note: the position, as four bytes, which are exact in every floating dtype.
+        at = torch.arange(self.start, self.start + size.shape[1], dtype=torch.int32, device=size.device)
+        digits = at[:, None].view(torch.uint8).to(dtype)  # (S, 4)
+        self.notes = nn.functional.pad(digits, (0, EXTRA - 4))
         self.select()
 
     def select(self) -> None:
         """From the sizes: which positions a layer processes, and what it tells its KV cache about them.
 
-        Sets index, (B, K) positions of this call, ascending, then fillers; None if K is S; here, (B, K)
-        their sizes; ragged, are there fillers; channels, for `PrunedLayer.update`.
+        Sets index, (B, K) flat positions of this call, ascending per sample, then fillers; None if K is S;
+        here, (B, K) their sizes; ragged, are there fillers; channels, for `PrunedLayer.update`.
         """
         # How long each sample is, the host knows from counts alone.
         (B, S), device, lengths = self.size.shape, self.size.device, list(self.texts)
         for p in self.pictures:
             lengths = [n + p.where.shape[1] * count for n, count in zip(lengths, p.per_sample, strict=True)]
-        K, self.index, self.here = max(lengths), None, self.size
-        self.ragged, position = min(lengths) < K, torch.arange(S, device=device).expand(B, S)
+        K, self.index, self.here, notes = max(lengths), None, self.size, self.notes.to(device)
+        self.ragged = min(lengths) < K
         # Positions of size 0 go behind all others; a stable sort leaves both in their order.
         if K < S:
-            self.index = position = (self.size == 0).byte().sort(dim=1, stable=True).indices[:, :K]
-            self.here = self.size.gather(1, position)  # (B, S) -> (B, K)
-        # Flash kernels want values as wide as keys. What comes out of their additional channels is cut off,
-        # so there is room for a note: the position, in digits that are exact in every floating dtype.
-        at = position + self.start
-        digits = torch.stack([at >> 16, at >> 8 & 255, at & 255], dim=-1)[:, None].float()  # (B, 1, K, 3)
+            position = (self.size == 0).byte().sort(dim=1, stable=True).indices[:, :K]  # (B, S) -> (B, K)
+            self.here = self.size.gather(1, position)
+            notes = notes.index_select(0, position.flatten())
+            self.index = position + torch.arange(B, device=device)[:, None] * S
         weight = self.here if self.weigh else self.here > 0
-        self.channels = size_channels(weight), nn.functional.pad(digits, (0, EXTRA - 3))
+        self.channels = size_channels(weight, self.dtype), notes.view(-1, 1, K, EXTRA)
 
     def prune(self, hidden: Tensor, fraction: float, choose: Callable[[Tensor, int], Tensor]) -> None:
         """Prune for a layer whose input is `hidden` (B, S, C).
@@ -719,9 +724,9 @@ class PrunedLayer(DynamicLayer):
         # Not from `run_layer`: plain attention does not know the channels.
         if self.channels is None:
             raise ValueError("this KV cache was filled under LUVC: attach LUVC again, or begin a new one")
-        new = [widen(x, more) for x, more in zip((key_states, value_states), self.channels, strict=True)]
+        new = widen(key_states, self.channels[0]), widen(value_states, self.channels[1])
         self.channels = None
-        return super().update(*new) if self.keeps else tuple(new)
+        return super().update(*new) if self.keeps else new
 
     def hide(self, shown: Tensor) -> None:
         """From now on no query sees stored keys whose position is False in `shown` (B, seen) bool.
@@ -729,9 +734,9 @@ class PrunedLayer(DynamicLayer):
         A later mask may hide what an earlier call stored: a batch of conversations in which one sample
         ended sooner and was padded, say. Which position a column holds is noted in its values (`select`).
         """
-        high, middle, low = self.values[:, 0, :, -EXTRA : 3 - EXTRA].long().unbind(-1)
-        hidden = ~shown.to(high.device).gather(1, (high << 16) + (middle << 8) + low)  # (B, stored)
-        keys = widen(self.keys[..., :-EXTRA], size_channels(torch.zeros_like(hidden)))
+        position = self.values[:, 0, :, -EXTRA : 4 - EXTRA].byte().view(torch.int32)[..., 0].long()
+        hidden = ~shown.to(position.device).gather(1, position)  # (B, stored)
+        keys = widen(self.keys[..., :-EXTRA], size_channels(torch.zeros_like(hidden), self.keys.dtype))
         self.keys = torch.where(hidden[:, None, :, None], keys, self.keys)
 
     # Three ways to pick samples: of beams, of contrastive search, of several answers to one prompt. Keys and
@@ -784,7 +789,8 @@ def enter(layer: nn.Module, number: int, prompt: Prompt, x: Tensor, kwargs: dict
     store.seen, store.channels = store.seen + prompt.size.shape[1], prompt.channels
     # Of transformers' masks only the causal one is left, often none at all: sizes hide fillers. position_ids
     # go: FlashAttention would take gaps in them for the seams of several sequences packed into one.
-    mask = causal_mask(layer.self_attn.twin.config, x, past)
+    # A single word sees all that is stored.
+    mask = None if x.shape[1] == 1 else causal_mask(layer.self_attn.twin.config, x, past)
     changed = {CACHE: prompt.cache, "attention_mask": mask, "position_ids": None}
     # Rotary positions stay those of the logical sequence.
     if prompt.index is not None:
@@ -795,28 +801,21 @@ def enter(layer: nn.Module, number: int, prompt: Prompt, x: Tensor, kwargs: dict
 
 def causal_mask(config, x: Tensor, past: int) -> Tensor | None:
     """The mask that transformers makes for x (B, K, C) behind `past` others; flash kernels need none."""
-    # A word that was just generated sees all that is stored.
-    if x.shape[1] == 1:
-        return None
     K, more = x.shape[1], {"mask_function": causal_mask_function, "allow_is_causal_skip": True}
     more |= {"q_offset": past, "kv_offset": 0, "attention_mask": None, "use_vmap": False, "config": config}
     make = MASKS[config._attn_implementation]
     return make(batch_size=len(x), q_length=K, kv_length=past + K, dtype=x.dtype, device=x.device, **more)
 
 
-def flat(x: Tensor, index: Tensor) -> Tensor:
-    """index (B, K) into x (B, S, C) -> (B * K,) into x.flatten(0, 1): one index is faster than two."""
-    return (torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + index).flatten()
-
-
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, S, C) at index (B, K) -> (B, K, C)."""
-    return x.flatten(0, 1).index_select(0, flat(x, index)).view(*index.shape, x.shape[-1])
+    """x (B, S, C) at flat positions index (B, K) -> (B, K, C)."""
+    return x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, x.shape[-1])
 
 
 def put(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
-    """x (B, S, C), with `new` (B, K, C) at index (B, K)."""
-    return x.flatten(0, 1).index_copy(0, flat(x, index), new.to(x.device).flatten(0, 1)).view_as(x)
+    """x (B, S, C), with `new` (B, K, C) at flat positions index (B, K)."""
+    new = new.to(x.device).flatten(0, 1)
+    return x.flatten(0, 1).index_copy(0, index.flatten(), new).view_as(x)
 
 
 class Pruner(Unit):
@@ -921,7 +920,8 @@ class Pruner(Unit):
             cache = adopt(cache, self.decoder, keeps)
             follow_mask(cache, every, start)
             kwargs |= {"attention_mask": None, CACHE: cache if keeps else None}  # the mask is in the sizes
-            prompt = Prompt(size, pictures, texts, cache, self.config.sizes)
+            dtype = embeds.dtype if embeds.is_floating_point() else torch.float32
+            prompt = Prompt(size, pictures, texts, cache, dtype, self.config.sizes)
             output = plain(*args, prompt=prompt, **kwargs)
             if len(prompt.layers) != len(self.fractions):
                 raise ValueError(f"{len(prompt.layers)} of {len(self.fractions)} layers saw LUVC: {EAGER}")
@@ -1201,30 +1201,24 @@ class Packed(Tiles):
 
     def arrange(self) -> None:
         """Where do the tokens of all grids stand in the sequence, and where do frames and windows end?"""
-        # Per picture: how many slots it has, and how long its windows are.
-        areas, windows = {}, {}
         device, unit, self.cos_sin = self.grids[0].size.device, self.unit, None
+        # Pictures follow each other in the order of encoding, each in the order of its own slots or windows.
+        shapes = {i: grid.size.shape[1:] for grid in self.grids for i in grid.numbers}
+        frames = torch.tensor([0, *itertools.accumulate(math.prod(shapes[i]) for i in sorted(shapes))])
+        lengths = {}  # of the windows of each picture, in patches
         for grid in self.grids:
-            n, h, w = grid.size.shape
-            grid.at = torch.arange(h * w, device=device).expand(n, -1)
-            ends = torch.tensor([0, h * w * unit**2])
+            h, w = grid.size.shape[1:]
+            order, windows = torch.arange(h * w), torch.tensor([0, h * w * unit**2])
             if self.window:
                 patches = torch.tensor([[1, h * unit, w * unit]])
-                order, ends = get_vision_window_index(patches, unit, *self.window)
-                grid.at = order.argsort().to(device).expand(n, -1)
-            areas |= dict.fromkeys(grid.numbers, h * w)
-            windows |= dict.fromkeys(grid.numbers, ends.diff().tolist())
-        # Pictures follow each other in the order of encoding, each in the order of its own slots or windows.
-        starts = [0, *itertools.accumulate(areas[i] for i in sorted(areas))]
-        for grid in self.grids:
-            grid.at = grid.at + torch.tensor([starts[i] for i in grid.numbers], device=device)[:, None]
+                order, windows = get_vision_window_index(patches, unit, *self.window)
+            grid.at = (frames[grid.numbers][:, None] + order.argsort()).to(device)
+            lengths |= dict.fromkeys(grid.numbers, windows.diff().tolist())
         self.back = torch.cat([grid.at.flatten() for grid in self.grids]).argsort()
-        frames = [area * unit**2 for _, area in sorted(areas.items())]
+        windows = torch.tensor([0, *itertools.accumulate(n for i in sorted(lengths) for n in lengths[i])])
         # (ends, longest) of frames, and of windows.
-        self.ends = [
-            (torch.tensor([0, *itertools.accumulate(each)], dtype=torch.int32, device=device), max(each))
-            for each in (frames, [length for i in sorted(windows) for length in windows[i]])
-        ]
+        both = (frames * unit**2, windows)
+        self.ends = [(ends.to(device, torch.int32), int(ends.diff().max())) for ends in both]
 
     def split(self, x: Tensor, unit: int, prefix: int) -> list[Tensor]:
         x = x.reshape(-1, unit**2 * x.shape[-1])
