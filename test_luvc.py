@@ -582,8 +582,10 @@ def pictures_of(S, *pieces):
 
 
 def pruned_by_hand(sizes, pieces, texts, fractions, choose):
-    """[(index, here)] of each layer, as lists: what Prompt.prune leaves behind. Rows hold their flat positions."""
+    """[(index, here)] of each layer, as lists: what Prompt.prune leaves behind, positions counted within each sample.
+    Rows hold their flat positions."""
     size = torch.tensor(sizes).float()
+    rows = torch.arange(len(sizes))[:, None] * size.shape[1]
     prompt = reference.Prompt(size, pictures_of(size.shape[1], *pieces), texts)
     hidden, out = torch.arange(size.numel()).view(*size.shape, 1).float(), []
     for fraction in fractions:
@@ -594,7 +596,8 @@ def pruned_by_hand(sizes, pieces, texts, fractions, choose):
             before,
             "the sizes of an earlier layer were changed: they stand in `layers`, make new ones",
         )
-        out.append((None if prompt.index is None else prompt.index.tolist(), prompt.here.tolist()))
+        index = None if prompt.index is None else (prompt.index - rows).tolist()
+        out.append((index, prompt.here.tolist()))
     return out
 
 

@@ -187,6 +187,42 @@ def held_out(processor, scenes, pairs, first=0):
 WORDS = 3  # of an answer, </s> counted
 
 
+def go_on(model, cache, read, rows, pad, words):
+    """Greedy words behind `rows` of ids (Q of them), each of which goes on from a row of a KV cache that has read as
+    many positions: (tokens (Q, words), log-probabilities (Q, words, vocabulary))."""
+    S = max(map(len, rows))
+    ids = torch.tensor([[pad] * (S - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in rows])
+    position = (read + mask.cumsum(1) - 1) * mask
+    mask = nn.functional.pad(mask, (read, 0), value=1)
+    ask = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "logits_to_keep": 1}
+    out = model(**ask, **{CACHE: cache}, use_cache=True)
+    return further(model, out, mask, position[:, -1:], words)
+
+
+def further(model, out, mask, position, words):
+    """Greedy words behind `out`: (tokens (Q, words), log-probabilities (Q, words, vocabulary))."""
+    tokens, logs = [], []
+    for step in range(words):
+        logs.append(out.logits[:, -1].log_softmax(-1))
+        tokens.append(out.logits[:, -1].argmax(-1))
+        if step + 1 < words:
+            mask, position = nn.functional.pad(mask, (0, 1), value=1), position + 1
+            ask = {"input_ids": tokens[-1][:, None], "attention_mask": mask, "position_ids": position}
+            out = model(**ask, **{CACHE: out[CACHE]}, use_cache=True)
+    return torch.stack(tokens, 1), torch.stack(logs, 1)
+
+
+def divergence(tokens, logs, other, other_logs, end):
+    """KL divergence of other log-probabilities (Q, words, vocabulary) from `logs`, averaged over the words of `tokens`
+    (Q, words) up to the first that differs, or the end: (Q,)."""
+    same = (other == tokens).long().cumprod(1)
+    before = nn.functional.pad(same[:, :-1], (1, 0), value=1) == 1
+    ended = nn.functional.pad((tokens == end)[:, :-1], (1, 0))
+    counts = before & ~ended
+    return (logs.exp() * (logs - other_logs)).sum(-1).masked_fill(~counts, 0).sum(1) / counts.sum(1)
+
+
 class Asker:
     """Greedy answers of a model to questions about scenes, and how sure it was."""
 
@@ -222,18 +258,6 @@ class Asker:
             self.left.append((share, len(scenes)))
         return out
 
-    def further(self, out, mask, position):
-        """Further words: (tokens (Q, WORDS), log-probabilities (Q, WORDS, vocabulary))."""
-        tokens, logs = [], []
-        for step in range(WORDS):
-            logs.append(out.logits[:, -1].log_softmax(-1))
-            tokens.append(out.logits[:, -1].argmax(-1))
-            if step + 1 < WORDS:
-                mask, position = nn.functional.pad(mask, (0, 1), value=1), position + 1
-                ask = {"input_ids": tokens[-1][:, None], "attention_mask": mask, "position_ids": position}
-                out = self.model(**ask, **{CACHE: out[CACHE]}, use_cache=True)
-        return torch.stack(tokens, 1), torch.stack(logs, 1)
-
     def ask(self, scenes):
         """All questions about scenes with equally many pictures, each picture read once."""
         pictures, word = len(scenes[0].pixels), self.tokenizer.convert_tokens_to_ids("what")
@@ -247,14 +271,7 @@ class Asker:
                 layer.seen -= 1
                 layer.shown = None if layer.shown is None else layer.shown[:, :-1]
         behind = [self.encode(question, pictures)[1] for scene in scenes for _, question, _ in scene.asked]
-        S, pad = max(map(len, behind)), self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (S - len(row)) + row for row in behind])
-        mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in behind])
-        position = (len(prefix) + mask.cumsum(1) - 1) * mask
-        mask = nn.functional.pad(mask, (len(prefix), 0), value=1)
-        ask = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "logits_to_keep": 1}
-        out = self.model(**ask, **{CACHE: out[CACHE]}, use_cache=True)
-        return self.further(out, mask, position[:, -1:])
+        return go_on(self.model, out[CACHE], len(prefix), behind, self.tokenizer.pad_token_id, WORDS)
 
     def ask_each(self, scenes):
         """The same, each question with a prefill of its own."""
@@ -272,7 +289,7 @@ class Asker:
                 self.rank.before = [int(text[:start].sum()) for start in starts]
             out = self.read([asked[number][0] for number in which], rows)
             mask, position = torch.ones(len(rows), len(rows[0]), dtype=torch.long), len(rows[0]) - 1
-            tokens, logs = self.further(out, mask, torch.full((len(rows), 1), position))
+            tokens, logs = further(self.model, out, mask, torch.full((len(rows), 1), position), WORDS)
             for row, number in enumerate(which):
                 answer[number] = tokens[row], logs[row]
         return tuple(map(torch.stack, zip(*answer, strict=True)))
@@ -318,12 +335,7 @@ def measure(model, processor, scenes, methods, eager=None, store=None, batch=4):
         asker = Asker(eager if method.ranked else model, processor, method)
         texts, tokens, logs = asker.answers(scenes, batch)
         plain = (texts, tokens, logs) if plain is None else plain
-        same = (tokens == plain[1]).long().cumprod(1)  # (Q, WORDS): 1 up to the first word that differs
-        before = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], dim=1)
-        first_end = torch.cat([torch.zeros_like(same[:, :1]), (plain[1] == end).long()[:, :-1]], dim=1)
-        comparable = (before == 1) & (first_end == 0)
-        kl = (plain[2].exp() * (plain[2] - logs)).sum(-1).masked_fill(~comparable, 0).sum(1)
-        kl = kl / comparable.sum(1)
+        kl = divergence(*plain[1:], tokens, logs, end)
         rows[method.name] = {
             "right": [int(a == b) for a, b in zip(texts, truth, strict=True)],
             "same": [int(a == b) for a, b in zip(texts, plain[0], strict=True)],

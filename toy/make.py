@@ -89,18 +89,34 @@ def scene(rng, cells=CELLS, corner=(0, 0), palette=4):
         y = row * CELL + rng.integers(4, CELL - 4 - height + 1)
         x = col * CELL + rng.integers(4, CELL - 4 - width + 1)
         plate = y + rng.integers(1, height - PLATE[0]), x + rng.integers(1, width - PLATE[1])
-        things.append(
-            {
-                "colour": str(rng.choice(colours)),
-                "texture": str(rng.choice(cloths)),
-                "row": row,
-                "col": col,
-                "box": (int(y), int(x), int(height), int(width)),
-                "number": int(rng.integers(10, 100)),
-                "plate": (int(plate[0]), int(plate[1])),
-            }
-        )
+        things.append(new_thing(rng, colours, cloths, row, col, (y, x, height, width), plate))
     return things
+
+
+def new_thing(rng, colours, cloths, row, col, box, plate):
+    """A thing with a random colour, texture and number: a dict, its keys in the order of `scene`."""
+    return {
+        "colour": str(rng.choice(colours)),
+        "texture": str(rng.choice(cloths)),
+        "row": row,
+        "col": col,
+        "box": tuple(map(int, box)),
+        "number": int(rng.integers(10, 100)),
+        "plate": tuple(map(int, plate)),
+    }
+
+
+def light(texture, height, width, period, phase):
+    """Where a texture is bright: (height, width) bool."""
+    y, x = np.mgrid[0:height, 0:width]
+    wave_y, wave_x = (y + phase) % period < period / 2, (x + phase) % period < period / 2
+    return {
+        "plain": np.ones_like(wave_x),
+        "striped": wave_x,
+        "barred": wave_y,
+        "dotted": ~(wave_x & wave_y),
+        "checked": wave_x ^ wave_y,
+    }[texture]
 
 
 @cache
@@ -121,18 +137,9 @@ def draw(rng, things, cells=CELLS, corner=(0, 0)):
     for thing in things:
         y, x, height, width = thing["box"]
         y, x = y - corner[0] * CELL, x - corner[1] * CELL
-        v, u = yy[:height, :width], xx[:height, :width]
-        period, phase = rng.integers(7, 11), rng.integers(0, 10)
-        wave_y, wave_x = (v + phase) % period < period / 2, (u + phase) % period < period / 2
-        light = {
-            "plain": np.ones_like(wave_x),
-            "striped": wave_x,
-            "barred": wave_y,
-            "dotted": ~(wave_x & wave_y),
-            "checked": wave_x ^ wave_y,
-        }[thing["texture"]]
+        bright = light(thing["texture"], height, width, rng.integers(7, 11), rng.integers(0, 10))
         colour = np.array(COLOURS[thing["colour"]], np.float32) + rng.uniform(-12, 12, 3)
-        picture[y : y + height, x : x + width] = np.where(light[..., None], colour, colour * 0.45)
+        picture[y : y + height, x : x + width] = np.where(bright[..., None], colour, colour * 0.45)
         y, x = thing["plate"][0] - corner[0] * CELL, thing["plate"][1] - corner[1] * CELL
         picture[y : y + PLATE[0], x : x + PLATE[1]] = 20
         for digit, (v, u) in zip(str(thing["number"]), DIGIT, strict=True):

@@ -45,8 +45,18 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from luvc import CACHE, LUVC, LUVCConfig, follow, low_pass, merge_axis, merge_plan, spectral_prune  # noqa: E402
-from toy.compare import AttentionRanked, Scene, even_tokens, pool_axis, random_tokens, smooth_tokens, table  # noqa: E402
-from toy.make import CELLS, COLOURS, COLUMNS, HELD_OUT, ROWS, TEXTURES, questions  # noqa: E402
+from toy.compare import (  # noqa: E402
+    AttentionRanked,
+    Scene,
+    divergence,
+    even_tokens,
+    go_on,
+    pool_axis,
+    random_tokens,
+    smooth_tokens,
+    table,
+)
+from toy.make import CELLS, COLOURS, COLUMNS, HELD_OUT, ROWS, TEXTURES, light, new_thing, questions  # noqa: E402
 
 # ---- 1. Weights from two packages ----------------------------------------------------------------------------
 
@@ -171,17 +181,7 @@ def scene(rng, fewest=2, most=6):
         y = row * CELL + rng.integers(6, CELL - 6 - height + 1)
         x = col * CELL + rng.integers(6, CELL - 6 - width + 1)
         plate = y + rng.integers(4, height - PLATE[0] - 3), x + rng.integers(4, width - PLATE[1] - 3)
-        things.append(
-            {
-                "colour": str(rng.choice(colours)),
-                "texture": str(rng.choice(cloths)),
-                "row": row,
-                "col": col,
-                "box": (int(y), int(x), int(height), int(width)),
-                "number": int(rng.integers(10, 100)),
-                "plate": (int(plate[0]), int(plate[1])),
-            }
-        )
+        things.append(new_thing(rng, colours, cloths, row, col, (y, x, height, width), plate))
     return things
 
 
@@ -210,25 +210,14 @@ def draw(rng, things, names):
     photo = photo.resize((PIXELS, PIXELS), Image.BICUBIC, box=(x, y, x + side, y + side))
     picture = np.asarray(photo, np.float32)[:, :: 1 if rng.random() < 0.5 else -1]
     picture = picture * rng.uniform(0.6, 1.1) + rng.uniform(0, 30)
-    yy, xx = np.mgrid[0:PIXELS, 0:PIXELS]
     for thing in things:
         y, x, height, width = thing["box"]
-        period, phase = rng.integers(13, 19), rng.integers(0, 18)
-        wave_y = (yy[:height, :width] + phase) % period < period / 2
-        wave_x = (xx[:height, :width] + phase) % period < period / 2
-        light = {
-            "plain": np.ones_like(wave_x),
-            "striped": wave_x,
-            "barred": wave_y,
-            "dotted": ~(wave_x & wave_y),
-            "checked": wave_x ^ wave_y,
-        }[thing["texture"]]
+        bright = light(thing["texture"], height, width, rng.integers(13, 19), rng.integers(0, 18))
         colour = np.array(COLOURS[thing["colour"]], np.float32) + rng.uniform(-12, 12, 3)
-        picture[y : y + height, x : x + width] = np.where(light[..., None], colour, colour * 0.45)
+        picture[y : y + height, x : x + width] = np.where(bright[..., None], colour, colour * 0.45)
+        # The plate is a shadow, the texture shines through.
         y, x = thing["plate"]
-        picture[y : y + PLATE[0], x : x + PLATE[1]] *= (
-            0.4  # the plate is a shadow, the texture shines through
-        )
+        picture[y : y + PLATE[0], x : x + PLATE[1]] *= 0.4
         for which, digit in enumerate(str(thing["number"])):
             shape, (y, x) = glyph(digit), digit_centre(thing, which)
             y, x = int(y) - shape.shape[0] // 2, int(x) - shape.shape[1] // 2
@@ -738,19 +727,6 @@ def merging():
 WORDS = 4  # tokens of an answer, its end counted: " ", "4", "7", end
 
 
-def next_words(model, out, mask, position):
-    """Greedy words: (tokens (Q, WORDS), log-probabilities (Q, WORDS, vocabulary))."""
-    tokens, logs = [], []
-    for step in range(WORDS):
-        logs.append(out.logits[:, -1].log_softmax(-1))
-        tokens.append(out.logits[:, -1].argmax(-1))
-        if step + 1 < WORDS:
-            mask, position = nn.functional.pad(mask, (0, 1), value=1), position + 1
-            ask = {"input_ids": tokens[-1][:, None], "attention_mask": mask, "position_ids": position}
-            out = model(**ask, **{CACHE: out[CACHE]}, use_cache=True)
-    return torch.stack(tokens, 1), torch.stack(logs, 1)
-
-
 @torch.inference_mode()
 def answers(model, processor, picture, asked, luvc=None):
     """Answers to questions about one picture, which is read once: which tokens LUVC keeps does not depend on the
@@ -759,17 +735,10 @@ def answers(model, processor, picture, asked, luvc=None):
     with luvc or contextlib.nullcontext():
         inputs = processor(images=picture, text="User:<image>\n", return_tensors="pt")
         out = model(**inputs, use_cache=True, logits_to_keep=1)
-        report, P = luvc and luvc.report(), inputs["input_ids"].shape[1]
+        report, read = luvc and luvc.report(), inputs["input_ids"].shape[1]
         out[CACHE].batch_repeat_interleave(len(asked))
         rows = [tokenizer(question, add_special_tokens=False)["input_ids"] for _, question, _ in asked]
-        S = max(map(len, rows))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (S - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in rows])
-        position = (P + mask.cumsum(1) - 1) * mask
-        mask = nn.functional.pad(mask, (P, 0), value=1)
-        ask = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "logits_to_keep": 1}
-        out = model(**ask, **{CACHE: out[CACHE]}, use_cache=True)
-        tokens, logs = next_words(model, out, mask, position[:, -1:])
+        tokens, logs = go_on(model, out[CACHE], read, rows, tokenizer.pad_token_id, WORDS)
     left = sum(report.visual_tokens) / (report.visual_full * len(report.visual_tokens)) if report else 1.0
     end = tokenizer.eos_token_id
     return tokens.masked_fill((tokens == end).cumsum(1) > 0, end), logs, left
@@ -779,14 +748,11 @@ def compare(plain, other, truth, tokenizer):
     """Per question: right, same as plain, KL divergence from plain (over the words of the plain answer up to the
     first that differs)."""
     (tokens, logs, _), (own, own_logs, left) = plain, other
-    same, end = (own == tokens).long().cumprod(1), tokenizer.eos_token_id
-    before = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], 1) == 1
-    ended = nn.functional.pad((tokens == end)[:, :-1], (1, 0))
-    counts = before & ~ended
-    kl = (logs.exp() * (logs - own_logs)).sum(-1).masked_fill(~counts, 0).sum(1) / counts.sum(1)
+    kl = divergence(tokens, logs, own, own_logs, tokenizer.eos_token_id)
     said = [text.strip() for text in tokenizer.batch_decode(own, skip_special_tokens=True)]
     right = [int(a == b) for a, b in zip(said, truth, strict=True)]
-    return {"right": right, "same": same[:, -1].tolist(), "kl": kl.tolist(), "left": left}
+    same = (own == tokens).all(1).int()
+    return {"right": right, "same": same.tolist(), "kl": kl.tolist(), "left": left}
 
 
 def measure(methods, adapter, scenes, first, number, store=None):
@@ -932,7 +898,7 @@ def main():
     add("--save", action="store_true", help="write an ordinary checkpoint folder, toy/real")
     add("--schedules", action="store_true", help="which schedule, cutoff, direction")
     add("--curve", action="store_true", help="how much can be left out")
-    add("--scenes", type=int, default=54, help="scenes with questions (default %(default)s)")
+    add("--scenes", type=int, default=58, help="scenes with questions (default %(default)s)")
     add("--questions", type=int, default=20, help="per scene (default %(default)s)")
     add("--first", type=int, default=0, help="seed of the first scene")
     add("--store", type=Path, metavar="FILE", help="JSON: keeps what is measured, an interrupted run goes on")
