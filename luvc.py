@@ -372,7 +372,8 @@ class LUVCConfig:
     one per block. None: one before every block but the first."""
     llm_keep: float | Sequence[float] | None = None
     """Fraction of a picture's tokens that each decoder layer processes, of what the encoder delivered, in
-    [0, 1]: one for all layers, or one per layer, never rising. None: linear, from 1 to 0. 1.0: pruner off."""
+    [0, 1]: one for all layers, or one per layer, never rising. 1.0: pruner off. None: from 2/3 at the first
+    layer it falls evenly to 1/3 at the last but one, and is 0 at the last."""
     sizes: bool = True
     """Does a token weigh in attention by what it stands for? False: all tokens weigh the same."""
     merge: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]] = merge_axis
@@ -403,12 +404,14 @@ class LUVCConfig:
     def fractions(self, layers: int) -> list[float]:
         """`llm_keep` spelled out: the fraction for each of `layers` decoder layers.
 
-        Raises: ValueError for a sequence of another length, or a single layer with the linear schedule.
+        Raises: ValueError for a sequence of another length, or a single layer with the default schedule.
         """
         each = self.llm_keep if isinstance(self.llm_keep, tuple) else (self.llm_keep,) * layers
         if len(each) != layers or (self.llm_keep is None and layers < 2):
             raise ValueError(f"llm_keep={self.llm_keep} does not fit {layers} decoder layers: one for each")
-        return [1 - n / (layers - 1) if f is None else float(f) for n, f in enumerate(each)]
+        # Our choice: falling from 1 to 0 keeps as many, and loses more on a real model (docs/results.md).
+        falling = [(2 - n / max(1, layers - 2)) / 3 for n in range(layers - 1)]
+        return [*falling, 0.0] if self.llm_keep is None else [float(f) for f in each]
 
 
 EAGER = "LUVC needs eager mode; compile or export a model without it, and load a compiled one anew"
@@ -573,7 +576,7 @@ ATTENTIONS.register("luvc", sized_attention)
 # output back. A pruned token is no longer updated; it rides along in the residual stream.
 #
 #     logical   | t t v v v v v v v v t t t |      t text, v visual
-#     layer 0   | t t v v v v v v v v t t t |
+#     layer 0   | t t v v v . . v v . t t t |
 #     layer 5   | t t v . v . . v v . t t t |      what the layer computes is a shorter causal sequence;
 #     last one  | t t . . . . . . . . t t t |      rotary positions are those of the logical sequence
 #
@@ -822,7 +825,7 @@ class Pruner(Unit):
     """The Spectrum Pruning Unit as a hook: `with Pruner(model): model.generate(**inputs)`.
 
     A second turn on the same KV cache works. It sees all text of the first turn and, in each layer, the
-    visual tokens that this layer kept: all in the first, none in the last. Pruned tokens never come back.
+    visual tokens that this layer kept: none in the last. Pruned tokens never come back.
 
     Args:
         model: a Hugging Face VLM in the layout of LLaVA: `base_model` sees input_ids and encodes pictures

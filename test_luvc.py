@@ -545,8 +545,9 @@ def test_fractions_of_layers():
     """Catches: a schedule off by one layer, so that tokens are left in the last one; fractions for another number of
     layers; settings that the caller can change afterwards."""
     for layers in range(2, 61):
-        got, want = LUVCConfig().fractions(layers), [(layers - 1 - n) / (layers - 1) for n in range(layers)]
-        assert got == pytest.approx(want, rel=0, abs=1e-15) and (got[0], got[-1]) == (1, 0), got
+        got, step = LUVCConfig().fractions(layers), 1 / 3 / (layers - 2) if layers > 2 else 0
+        want = [*(2 / 3 - n * step for n in range(layers - 1)), 0]
+        assert got == pytest.approx(want, rel=0, abs=1e-15) and got[-1] == 0, got
     keep = [1, 0.5, 0]
     config = LUVCConfig(llm_keep=keep)
     keep[0] = 0

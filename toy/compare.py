@@ -148,9 +148,10 @@ METHODS = [
 
 
 def growing(layers):
-    """Methods for `--growing`: the merger from off to a quarter, with the pruner off, by default, and steeper."""
+    """Methods for `--growing`: the merger from off to a quarter; the pruner off, by default, and squared: layer l of L
+    keeps (1 - l / (L - 1)) ** 2 of the tokens."""
     steep = [(1 - layer / (layers - 1)) ** 2 for layer in range(layers)]
-    schedules = {"pruner off": 1.0, "pruner linear": None, "pruner squared": steep}
+    schedules = {"pruner off": 1.0, "pruner default": None, "pruner squared": steep}
     methods = METHODS[:2]
     for name, schedule in schedules.items():
         for keep in (1.0, 0.75, 0.5625, 0.36, 0.25):

@@ -4,8 +4,8 @@
     python toy/curve.py --store FILE      # keeps what is measured; a second call only draws
 
 A point is one setting, all on the same questions. LUVC gets smaller in two ways: it merges more (`vision_keep` falls,
-`llm_keep` stays linear), or it prunes more: behind the merger at its default, layer l of L keeps
-(1 - l / (L - 1)) ** p of the tokens, p = 1 being the default. Random and evenly spread tokens follow the latter.
+`llm_keep` stays at its default), or it prunes more: behind the merger at its default, layer l of L keeps
+(1 - l / (L - 1)) ** p of the tokens; p = 1 is linear. Random and evenly spread tokens follow the latter.
 """
 
 import sys

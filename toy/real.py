@@ -827,13 +827,14 @@ HALF = falling(0.5172, 0.5172)  # half of the token-layers are left
 def table_methods():
     """The rows of the table."""
 
-    def config(keep=HALF, share=0.5625, **more):
+    def config(keep=None, share=0.5625, **more):
         return LUVCConfig(vision_keep=share, llm_keep=keep, **more)
 
     return {
         "plain": None,
-        "LUVC: OIM and SPU, half in every layer, none in the last": config(),
-        "LUVC, linear to none": config(late(0)),
+        "LUVC: OIM and SPU, the defaults": config(),
+        "LUVC, linear from all to none": config(late(0)),
+        "LUVC, half in every layer, none in the last": config(HALF),
         "in place of the SPU: evenly spread": config(prune=even_tokens),
         "- random": config(prune=random_tokens(0)),
         "- the SPU reversed (keeps what is smooth)": config(prune=smooth_tokens),
@@ -841,8 +842,9 @@ def table_methods():
         "in place of the OIM: average pooling": config(merge=pool_axis),
         "- global matching (ToMe's rule)": config(merge=match_tokens),
         "LUVC without token sizes": config(sizes=False),
-        "SPU alone, half in every layer, none in the last": config(share=1.0),
-        "SPU alone, linear to none": config(late(0), 1.0),
+        "SPU alone": config(share=1.0),
+        "SPU alone, linear from all to none": config(late(0), 1.0),
+        "SPU alone, half in every layer, none in the last": config(HALF, 1.0),
         "OIM alone": config(1.0),
         "average pooling alone": config(1.0, merge=pool_axis),
         "global matching alone": config(1.0, merge=match_tokens),
@@ -850,17 +852,22 @@ def table_methods():
 
 
 def schedule_methods():
-    """The rows of --schedules: the pruner alone, at equal shares of the token-layers."""
+    """The rows of --schedules: the pruner alone at equal shares of the token-layers, and the best with the merger."""
     methods = {"plain": None}
+    half = {
+        "linear to none": late(0),
+        "0.80 to 0.23, none in the last": falling(0.8, 0.234),
+        "2/3 to 1/3, none in the last": falling(2 / 3, 1 / 3),
+        "the same in every layer, none in the last": HALF,
+    }
 
     def add(name, keep, **more):
         share = sum(math.floor(f * SIDE**2 + 0.5) for f in keep) / (LAYERS * SIDE**2)
         methods[f"{share:.0%} {name}"] = LUVCConfig(vision_keep=1.0, llm_keep=keep, **more)
 
-    add("linear to none", late(0))
-    add("0.80 to 0.23, none in the last", falling(0.8, 0.234))
-    add("0.65 to 0.38, none in the last", falling(0.65, 0.384))
-    add("the same in every layer, none in the last", HALF)
+    for name, keep in half.items():
+        methods[f"with the merger: {name}"] = LUVCConfig(vision_keep=0.5625, llm_keep=keep)
+        add(name, keep)
     add("all in two layers, then the same, none in the last", (1.0, 1.0, *[0.4815] * 27, 0.0))
     add("all for a third, linear to none at two thirds", late(1 / 3, 2 / 3))
     add("all in one half, none in the other", tuple(float(n < LAYERS // 2) for n in range(LAYERS)))
