@@ -324,7 +324,7 @@ import transformers  # noqa: E402
 try:
     from transformers.cache_utils import DynamicCache, DynamicLayer
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
-    from transformers.masking_utils import causal_mask_function, create_causal_mask
+    from transformers.masking_utils import create_causal_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
     from transformers.vision_utils import get_vision_window_index
 except ImportError as error:
@@ -804,10 +804,9 @@ def enter(layer: nn.Module, number: int, prompt: Prompt, x: Tensor, kwargs: dict
 
 def causal_mask(config, x: Tensor, past: int) -> Tensor | None:
     """The mask that transformers makes for x (B, K, C) behind `past` others; flash kernels need none."""
-    K, more = x.shape[1], {"mask_function": causal_mask_function, "allow_is_causal_skip": True}
-    more |= {"q_offset": past, "kv_offset": 0, "attention_mask": None, "use_vmap": False, "config": config}
-    make = MASKS[config._attn_implementation]
-    return make(batch_size=len(x), q_length=K, kv_length=past + K, dtype=x.dtype, device=x.device, **more)
+    make, (B, K, _) = MASKS[config._attn_implementation], x.shape
+    more = {"dtype": x.dtype, "device": x.device, "config": config}
+    return make(batch_size=B, q_length=K, kv_length=past + K, q_offset=past, **more)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

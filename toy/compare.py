@@ -233,8 +233,9 @@ class Asker:
             self.model = downsampled(model, method.side)
         self.image, self.slots = self.model.config.image_token_id, method.side**2
         config, self.rank = method.config, AttentionRanked(self.model) if method.ranked else None
-        if self.rank:
-            config = replace(config, prune=self.rank)
+        if self.rank:  # the first layer keeps all: no layer before it attends to anything
+            fractions = config.fractions(len(self.rank.layers))
+            config = replace(config, prune=self.rank, llm_keep=(1.0, *fractions[1:]))
         self.luvc = LUVC(self.model, config) if config else None
         self.left = []  # token-layers left, one number per batch
 
