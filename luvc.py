@@ -47,6 +47,7 @@ decoding), continuous batching, sequences packed in a row, gradient checkpointin
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import inspect
@@ -608,6 +609,16 @@ ATTENTIONS.register("luvc", sized_attention)
 CALL: ContextVar = ContextVar("luvc_call", default=None)  # a dict; every thread has its own
 
 
+@contextlib.contextmanager
+def noted(call: dict):
+    """Within the block `CALL` is `call`."""
+    token = CALL.set(call)
+    try:
+        yield
+    finally:
+        CALL.reset(token)
+
+
 @dataclass
 class Pictures:
     """Pictures (or tiles, or frames) of equally many tokens. They are pruned together, each by itself."""
@@ -869,20 +880,14 @@ class Pruner(Unit):
         call["image"] = kwargs.get("image_hidden_states")
         for kind, output in (kwargs.get("mm_encoder_outputs") or {}).items():
             call[kind] = getattr(output, "pooler_output", output)
-        token = CALL.set(call)
-        try:
+        with noted(call):
             return plain(*args, **kwargs)
-        finally:
-            CALL.reset(token)
 
     def _run_features(self, kind: str, plain: Callable, *args, **kwargs):
         """Encode pictures or clips, and note what came out. A clip's features are marked with its frames."""
-        # The encoder works in a note of its own.
-        call, token = CALL.get(), CALL.set({})
-        try:
+        call = CALL.get()
+        with noted({}):  # the encoder works in a note of its own
             output = plain(*args, **kwargs)
-        finally:
-            CALL.reset(token)
         entries = getattr(output, "pooler_output", None)
         grid = bound(plain, args, kwargs).get("video_grid_thw")
         if grid is not None and entries is not None:
@@ -1298,7 +1303,7 @@ class Merger(Unit):
     """
 
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig(), pruner: Pruner | None = None):
-        family = family_of(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        family = family_of(model)
         blocks = len(family.blocks)
         steps = blocks - 1 if config.vision_steps is None else config.vision_steps
         steps = steps if config.vision_keep < 1 else 0
@@ -1345,13 +1350,10 @@ class Merger(Unit):
         make = functools.partial(Packed, family.vision) if packed else Tiles
         pictures = make(shapes, unit, family.prefix, self.config, self.steps, pixels.device)
         self.latest, call = pictures, CALL.get()
-        token = CALL.set({"pictures": pictures}) if call is None else None  # called by itself
-        (call or CALL.get())["pictures"] = pictures
-        try:
+        call = {} if call is None else call  # None: the encoder was called by itself
+        call["pictures"] = pictures
+        with noted(call):
             return plain(*args, **kwargs)
-        finally:
-            if token is not None:
-                CALL.reset(token)
 
     def _before_block(self, number: int, module, args, kwargs):
         """Forward pre-hook of a block: merge, if it is its turn, and give it what fits fewer tokens."""
@@ -1410,7 +1412,11 @@ class Family:
 
 
 def family_of(model: nn.Module) -> Family:
-    """How this model is built. Raises: ValueError if it is of no supported family."""
+    """How this model, or the one that PEFT wraps, is built.
+
+    Raises: ValueError if it is of no supported family.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, base = getattr(model, "config", None), getattr(model, "base_model", None)
     kind, vision = getattr(config, "model_type", type(model).__name__), getattr(config, "vision_config", None)
     if kind in ("llava", "llava_next", "llava_onevision"):
@@ -1489,8 +1495,8 @@ class LUVC(Unit):
 
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
         # All that can be wrong with the model or the settings is found here, before anything is changed.
-        self.config, base = config, model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.family, merges = family_of(base), read_sizes if config.vision_keep < 1 else None
+        self.config, self.family = config, family_of(model)
+        merges = read_sizes if config.vision_keep < 1 else None
         self.pruner = Pruner(model, config, self.family.tiles, merges)
         self.merger = Merger(model, config, self.pruner)
         super().__init__(model, self.pruner, self.merger)

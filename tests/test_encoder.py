@@ -293,7 +293,7 @@ def test_sizes_survive_half_precision(dtype):
     noise = torch.randn(4 * slots, 96, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[1, START, *[IMAGE] * slots, END, 5]])
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == IMAGE).int(), "pixel_values": noise.to(dtype)}
-    with LUVC(model, LUVCConfig(vision_keep=0.01)) as luvc:
+    with LUVC(model, LUVCConfig(vision_keep=0.01, llm_keep=1.0)) as luvc:
         model(**inputs, image_grid_thw=torch.tensor([[1, 64, 64]]))
     want = {2 + slot: size for slot, size in sizes_by_hand(luvc.groups[0].tolist()).items()}
     assert len(want) == 3 * 3
