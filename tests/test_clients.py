@@ -181,6 +181,24 @@ def test_a_placeholder_without_a_picture_is_text(name):
         assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS
 
 
+@every_family
+@torch.no_grad()
+def test_the_llm_alone_with_text(name):
+    """Somebody reuses the LLM of a VLM for text, without and with a KV cache. Catches: ids that are looked for in the
+    wrong place, pictures of an earlier call that are looked for in them."""
+    model, ids = tiny(name), torch.tensor([[1, 9, 5, 7, 6], [1, 4, 8, 5, 9]])
+    llm = model.get_decoder()
+    plain = llm(input_ids=ids).last_hidden_state
+    with LUVC(model, PRUNER):
+        model(**batch(model, [[1, "image1", 5, 7, 6]]))
+        for args, more in (((ids,), {}), ((), {"input_ids": ids})):
+            got = llm(*args, **more, use_cache=False).last_hidden_state
+            assert torch.allclose(got, plain, **CLOSE)
+        first = llm(ids[:, :3], use_cache=True)
+        rest = llm(ids[:, 3:], **{CACHE: first[CACHE]}).last_hidden_state
+    assert torch.allclose(torch.cat([first.last_hidden_state, rest], 1), plain, **CLOSE)
+
+
 @torch.no_grad()
 def test_packed_rows_with_everything_off():
     """Catches: a refusal of what the plain model can do, where nothing is merged or pruned."""
