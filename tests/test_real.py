@@ -36,8 +36,7 @@ def test_agreement(real, glued):
     from luvc import LUVC, LUVCConfig
 
     model, processor = glued
-    spu = LUVCConfig(vision_keep=1.0, llm_keep=real.HALF)
-    units = {"plain": None, "LUVC": LUVC(model), "SPU": LUVC(model, spu)}
+    units = {"plain": None, "LUVC": LUVC(model), "SPU": LUVC(model, LUVCConfig(vision_keep=1.0))}
     rows = {name: {"right": [], "same": [], "kl": []} for name in units}
     for seed in range(3):
         picture, asked = real.sample(seed)
