@@ -868,6 +868,7 @@ def schedule_methods():
     for name, keep in half.items():
         methods[f"with the merger: {name}"] = LUVCConfig(vision_keep=0.5625, llm_keep=keep)
         add(name, keep)
+    methods["with the merger: 2/3 to 1/3, without sizes"] = LUVCConfig(sizes=False)
     add("all in two layers, then the same, none in the last", (1.0, 1.0, *[0.4815] * 27, 0.0))
     add("all for a third, linear to none at two thirds", late(1 / 3, 2 / 3))
     add("all in one half, none in the other", tuple(float(n < LAYERS // 2) for n in range(LAYERS)))
