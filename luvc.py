@@ -654,10 +654,9 @@ class Prompt:
         # Of each layer so far: sizes (B, S), and how many columns its cache had stored before.
         self.layers: list[tuple[Tensor, int]] = []
         # Flash kernels want values as wide as keys. What comes out of their additional channels is cut off,
-        # so there is room for a note: the position, as four bytes, which are exact in every floating dtype.
-        at = torch.arange(self.start, self.start + size.shape[1], dtype=torch.int32, device=size.device)
-        digits = at[:, None].view(torch.uint8).to(dtype)  # (S, 4)
-        self.notes = nn.functional.pad(digits, (0, EXTRA - 4))
+        # so there is room for a note: the eight bytes of the position, which are exact in every floating dtype.
+        at = torch.arange(self.start, self.start + size.shape[1], device=size.device)
+        self.notes = at[:, None].view(torch.uint8).to(dtype)  # (S, EXTRA)
         self.select()
 
     def select(self) -> None:
@@ -748,7 +747,7 @@ class PrunedLayer(DynamicLayer):
         A later mask may hide what an earlier call stored: a batch of conversations in which one sample
         ended sooner and was padded, say. Which position a column holds is noted in its values (`select`).
         """
-        position = self.values[:, 0, :, -EXTRA : 4 - EXTRA].byte().view(torch.int32)[..., 0].long()
+        position = self.values[:, 0, :, -EXTRA:].byte().view(torch.int64)[..., 0]  # (B, stored)
         hidden = ~shown.to(position.device).gather(1, position)  # (B, stored)
         keys = widen(self.keys[..., :-EXTRA], size_channels(torch.zeros_like(hidden), self.keys.dtype))
         self.keys = torch.where(hidden[:, None, :, None], keys, self.keys)
@@ -1016,8 +1015,8 @@ def kinds_of(config, call: dict | None, shown: Tensor) -> Tensor | None:
     """
     kinds = None
     for number, kind in enumerate(("image", "video"), 1):
-        token = getattr(config, f"{kind}_token_id", None)
-        if call and call["ids"] is not None and call.get(kind) is not None and token is not None:
+        if call and call["ids"] is not None and call.get(kind) is not None:
+            token = getattr(config, f"{kind}_token_id")
             kinds = torch.zeros_like(shown, dtype=torch.int8) if kinds is None else kinds
             kinds = kinds.masked_fill((call["ids"] == token).to(shown.device), number)
     return kinds
