@@ -654,7 +654,7 @@ class Prompt:
         # Of each layer so far: sizes (B, S), and how many columns its cache had stored before.
         self.layers: list[tuple[Tensor, int]] = []
         # Flash kernels want values as wide as keys. What comes out of their additional channels is cut off,
-        # so there is room for a note: the eight bytes of the position, which are exact in every floating dtype.
+        # so there is room for a note: the eight bytes of the position, exact in every floating dtype.
         at = torch.arange(self.start, self.start + size.shape[1], device=size.device)
         self.notes = at[:, None].view(torch.uint8).to(dtype)  # (S, EXTRA)
         self.select()
