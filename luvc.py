@@ -745,7 +745,7 @@ class PrunedLayer(DynamicLayer):
         """From now on no query sees stored keys whose position is False in `shown` (B, seen) bool.
 
         A later mask may hide what an earlier call stored: a batch of conversations in which one sample
-        ended sooner and was padded, say. Which position a column holds is noted in its values (`select`).
+        ended sooner and was padded, say. Which position a column holds is noted in its values (`Prompt`).
         """
         position = self.values[:, 0, :, -EXTRA:].byte().view(torch.int64)[..., 0]  # (B, stored)
         hidden = ~shown.to(position.device).gather(1, position)  # (B, stored)
