@@ -970,7 +970,7 @@ def read_prompt(pruner: Pruner, call: dict, kinds, shown: Tensor, embeds: Tensor
     # What can be pruned: visual tokens that are there. Pictures of equally many are taken together.
     pruned = (alive.flatten()[where] > 0) & ~torch.isin(where, last[ends])
     where, number = where[pruned], number[pruned]
-    counts, pictures = number.bincount(minlength=1), []
+    counts, pictures = number.bincount(), []
     for count in sorted(set(counts.tolist()) - {0}):
         group = where[counts[number] == count].view(-1, count)
         per_sample = (group[:, 0] // S).bincount(minlength=B).tolist()
