@@ -3,8 +3,8 @@
     pip install --no-deps -r toy/real.txt     # what it needs beside requirements.txt
     python toy/real.py                        # the table: plain, LUVC, and other ways to as few tokens
     python toy/real.py --merge                # merging inside DINOv2, on photographs
-    python toy/real.py --schedules            # the pruner alone: schedules at equal cost, cutoff, direction
-    python toy/real.py --curve                # more and more merged
+    python toy/real.py --schedules            # schedules at equal cost, cutoff, direction; --first 5000 --scenes 20
+    python toy/real.py --curve                # the pruner alone: more and more pruned
     python toy/real.py --save                 # an ordinary checkpoint folder, for luvc.py --model toy/real
     python toy/real.py --train --adapter NEW  # trains the adapter anew; about an hour and a half of one core
 
