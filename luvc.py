@@ -985,7 +985,8 @@ def lengths_of(entries, tile: int | None, total: int) -> list[int]:
         may hold several of them.
     """
     entries, lengths = [entry for entry in (() if entries is None else entries) if len(entry)], []
-    behind = (total - sum(map(len, entries))) // max(1, len(entries))  # OneVision: a newline after clips
+    # OneVision puts a newline behind each clip; before transformers 5.23 it was no feature of the clip.
+    behind = (total - sum(map(len, entries))) // max(1, len(entries))
     for entry in entries:
         cut = tile or len(entry) // getattr(entry, "frames", 1)
         lengths += [cut] * (len(entry) // cut)

@@ -319,14 +319,18 @@ def test_pictures_without_text_between(name):
 
 @no_grad
 def test_frames_of_a_clip():
-    """Catches: a clip of LLaVA-OneVision pruned as one piece, not frame by frame."""
-    clip = torch.randn(1, 3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    clip[0, 0] = 0.0
-    ids = torch.tensor([[1, *[VIDEO] * 28, 5]])  # 3 x 9 and a newline
+    """Catches: clips of LLaVA-OneVision pruned as one piece, not frame by frame; the newline behind each of them, which
+    was no feature of theirs in older transformers, counted for another."""
+    clips = torch.randn(2, 3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    clips[:, 0] = 0.0
+    ids = torch.tensor([[1, *[VIDEO] * 28, 6, *[VIDEO] * 28, 5]])  # 3 x 9 and a newline
     config = LUVCConfig(vision_keep=1.0, llm_keep=0.34)
-    luvc = run(tiny("llava_onevision"), config, {"input_ids": ids, "pixel_values_videos": clip})[1]
-    got = in_each(luvc, [range(1, 10), range(10, 19)])
-    assert got == [3, 3], f"{got} are kept of the first two frames of 9: a third of each by itself"
+    luvc = run(tiny("llava_onevision"), config, {"input_ids": ids, "pixel_values_videos": clips})[1]
+    ends = [at + end for at in (1, 30) for end in (0, 9, 18, 28)]
+    got = in_each(luvc, [range(*pair) for pair in itertools.pairwise(ends)])
+    assert got == [3, 3, 3, 1, 3, 3, 3], (
+        f"{got} are kept of frames of 9, 9 and 10 and a word, twice: a third of each"
+    )
 
 
 @families(*QWENS)
