@@ -462,7 +462,7 @@ class Unit:
     def weigh_keys(self, attention: nn.Module, sizes: Callable | None = None) -> None:
         """Let an attention module use `sized_attention`.
 
-        Args: sizes, () -> (B, N) sizes of the keys, or None if all are 1, where no KV cache adds them.
+        Args: sizes, () -> (B, N) sizes of the keys, where no KV cache adds their channels.
         """
         # For this module alone: no other attention changes.
         config = copy.copy(attention.config)
@@ -546,7 +546,8 @@ def sized_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     """Any attention of transformers, in which a key of size s weighs as much as s equal keys of size 1.
 
     Args: as transformers calls its attention functions: query (B, heads, K, D), key and value with
-        EXTRA channels more, if a KV cache has added them; kwargs, `scaling` among them.
+        EXTRA channels more, if a KV cache has added them, else `weigh_keys` says their sizes; kwargs,
+        `scaling` among them.
     Returns: (B, K, heads, D), and the attention weights if the kernel gives any.
     """
     # Kernels read what they need from the module, its config among it. They get the twin, which has the
@@ -556,11 +557,10 @@ def sized_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
         twin.training = module.training
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ATTENTIONS.get_interface(twin.config._attn_implementation, eager)
-    size = module.key_sizes() if module.key_sizes else None
-    if size is not None:
+    if module.key_sizes:
+        size = module.key_sizes()
         key, value = widen(key, size_channels(size, key.dtype)), nn.functional.pad(value, (0, EXTRA))
-    if key.shape[-1] > D:
-        query = nn.functional.pad(query, (0, EXTRA), value=1 / kwargs["scaling"])
+    query = nn.functional.pad(query, (0, EXTRA), value=1 / kwargs["scaling"])
     output, weights = attend(twin, query, key, value, attention_mask, **kwargs)
     # What came out of the values' additional channels means nothing.
     return output[..., :D], weights
@@ -1137,13 +1137,11 @@ class Tiles:
         """What block `number` gets beside the tokens: nothing that merging changes."""
         return kwargs
 
-    def key_sizes(self) -> Tensor | None:
-        """(n, prefix + patches) sizes of the tokens, for the encoder's attention; None before a merge.
+    def key_sizes(self) -> Tensor:
+        """(n, prefix + patches) sizes of the tokens, for the encoder's attention.
 
         Our choice; on a real encoder features come nearer to those of the full one (docs/results.md).
         """
-        if not self.done:
-            return None
         size = self.grids[0].size
         each = size[..., None].expand(*size.shape, self.unit**2)
         return self.join([each], self.unit, size.new_ones(len(size), self.prefix, 1))[..., 0]
@@ -1236,9 +1234,6 @@ class Packed(Tiles):
         x = torch.cat([part.flatten(0, 2) for part in parts])
         x = x.index_select(0, (self.whole if whole else self.back).to(x.device))
         return x.reshape(len(x) * unit**2, -1)
-
-    def key_sizes(self) -> None:
-        return None
 
     def rotary(self, vision: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) of the merged tokens: a position is the mean over the patches that were merged.

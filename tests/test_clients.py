@@ -28,6 +28,7 @@ from test_luvc import (
     LUVC,
     OFF,
     PRUNER,
+    QWENS,
     LUVCConfig,
     agree,
     attributes,
@@ -197,6 +198,31 @@ def test_the_llm_alone_with_text(name):
         first = llm(ids[:, :3], use_cache=True)
         rest = llm(ids[:, 3:], **{CACHE: first[CACHE]}).last_hidden_state
     assert torch.allclose(torch.cat([first.last_hidden_state, rest], 1), plain, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2_vl"])
+@torch.no_grad()
+def test_several_questions_on_one_reading(name):
+    """A prompt is read once and its KV cache repeated, a row per question. Catches: rows that are mixed up or lost."""
+    model = tiny(name)
+    inputs, questions = (
+        batch(model, [[1, "image1", 5], [1, 8, "image1", 6]]),
+        [[7, 8], [9, 5], [6, 4], [8, 8]],
+    )
+    with LUVC(model, both(name)):
+        cache = stored(model(**inputs, use_cache=True))
+        cache.batch_repeat_interleave(2)
+        mask = torch.cat([inputs["attention_mask"].repeat_interleave(2, 0), torch.ones(4, 2).long()], 1)
+        at = torch.arange(200, 202).expand(4, 2)  # any will do, for both the same
+        at = at.expand(3, 4, 2) if name in QWENS else at
+        more = {"attention_mask": mask, "position_ids": at}
+        got = model(input_ids=torch.tensor(questions), **more, **{CACHE: cache}).logits
+        for row, question in enumerate(questions):
+            own = stored(model(**inputs, use_cache=True))
+            own.batch_select_indices(torch.tensor([row // 2]))
+            more = {"attention_mask": mask[row : row + 1], "position_ids": at[..., row : row + 1, :]}
+            alone = model(input_ids=torch.tensor([question]), **more, **{CACHE: own}).logits
+            agree(got[row : row + 1], alone, f"question {row}")
 
 
 @torch.no_grad()

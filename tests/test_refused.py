@@ -22,6 +22,7 @@ from test_luvc import (
     attributes,
     batch,
     changed,
+    positions,
     seams,
     stored,
     tiny,
@@ -97,6 +98,15 @@ def packed(model, inputs):
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
     positions = positions.expand(3, 1, -1) if model.name in QWENS else positions
     model(input_ids=torch.tensor([[1, 5, 6, 7, 1, 5, 6]]), position_ids=positions)
+
+
+def packed_behind_a_picture(model, inputs):
+    """The picture of the first sequence is all right; the text behind it begins again."""
+    behind = torch.arange(4)  # a second sequence of four words
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[1, 5, 6, 7]])], 1)
+    at = torch.cat([positions(model, inputs), behind.expand(3, 1, -1)], -1)
+    more = {key: value for key, value in inputs.items() if key not in ("attention_mask", "mm_token_type_ids")}
+    model(**more | {"input_ids": ids, "position_ids": at})
 
 
 def packed_for_flash(model, inputs):
@@ -179,6 +189,11 @@ WITH = {  # the same, while a LUVC is attached
     "no ids": (without_ids, "input_ids.*instead of inputs_embeds"),
     "packed rows": (packed, "begin again.*one sequence per row"),
     "packed rows, M-RoPE": (packed, "begin again.*one sequence per row", "qwen2_vl"),
+    "packed rows behind a picture": (
+        packed_behind_a_picture,
+        "begin again.*one sequence per row",
+        "qwen2_vl",
+    ),
     "packed rows for flash": (packed_for_flash, "one sequence per row"),
     "a merged picture last": (lambda m, i: m(**batch(m, [[1, "image"]])), "add text to it"),
     "features from elsewhere": (lambda m, i: m(**i, vision_feature_layer=1), "must be the config's"),
