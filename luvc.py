@@ -349,7 +349,7 @@ if tuple(int(n) for n in transformers.__version__.split(".")[:2]) > (5, 24):
 #   its module         has a function eager_attention_forward
 #   DynamicCache       layers with update, get_seq_length, is_initialized, keys, values, and three methods
 #                      that pick samples
-#   MASKS[...]         mask functions, with the keywords in `causal_mask`
+#   MASKS[...]         mask functions, with the keywords in `causal_mask`; causal by default
 #   vision encoders    forward(pixels or hidden_states, grid_thw); blocks take hidden states first, Qwen's
 #                      also cu_seqlens, max_seqlen, position_embeddings by keyword; and Qwen's
 #                      rotary_pos_emb(x, positions)
@@ -410,7 +410,7 @@ class LUVCConfig:
         each = self.llm_keep if isinstance(self.llm_keep, tuple) else (self.llm_keep,) * layers
         if len(each) != layers or (self.llm_keep is None and layers < 2):
             raise ValueError(f"llm_keep={self.llm_keep} does not fit {layers} decoder layers: one for each")
-        # Our choice: falling from 1 to 0 keeps as many, and loses more on a real model (docs/results.md).
+        # Our choice: from 1 to 0 keeps a few more, and still loses more on a real model (docs/results.md).
         falling = [(2 - n / max(1, layers - 2)) / 3 for n in range(layers - 1)]
         return [*falling, 0.0] if self.llm_keep is None else [float(f) for f in each]
 

@@ -141,8 +141,8 @@ METHODS = [
     Method("LUVC without token sizes", LUVCConfig(sizes=False)),
     Method("SPU alone", LUVCConfig(**PRUNED)),
     Method("OIM alone", LUVCConfig(llm_keep=1.0)),
-    Method("OIM alone, to as many tokens as LUVC", LUVCConfig(**QUARTER)),
-    Method("average pooling alone, to as many", LUVCConfig(**QUARTER, merge=pool_axis)),
+    Method("OIM alone, vision_keep 0.28", LUVCConfig(**QUARTER)),
+    Method("average pooling alone, vision_keep 0.28", LUVCConfig(**QUARTER, merge=pool_axis)),
     Method("a smaller picture, 13 x 13 patches", side=13),
 ]
 
