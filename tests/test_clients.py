@@ -175,7 +175,7 @@ def test_a_placeholder_without_a_picture_is_text(name):
     plain = model(input_ids=ids).logits
     with LUVC(model, BOTH) as luvc:
         agree(model(input_ids=ids).logits, plain, "a prompt of text alone")
-        assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS and luvc.report().visual_full == 0
+        assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS
         model.generate(input_ids=ids, **GREEDY)
         assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS
         model(input_ids=ids, **{CACHE: stored(model(**inputs))})  # a second turn
@@ -265,13 +265,13 @@ def test_offloaded_by_accelerate(name):
     inputs, luvc = batch(model, ragged(name)), LUVC(model, both(name))
     plain = model(**inputs).logits
     with luvc:
-        want, left = model(**inputs).logits, luvc.report().flops_left
+        want, left = model(**inputs).logits, len(luvc.kept[1][0])
     for module in (*luvc.family.blocks, *model.get_decoder().layers):
         accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
     before = attributes(model)
     assert all(weight.is_meta for weight in model.get_decoder().layers[0].parameters())
     with luvc:
-        assert torch.equal(model(**inputs).logits, want) and luvc.report().flops_left == left
+        assert torch.equal(model(**inputs).logits, want) and len(luvc.kept[1][0]) == left
     assert not seams(model, before) and torch.equal(model(**inputs).logits, plain)
 
 
