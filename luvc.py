@@ -26,16 +26,16 @@ Shapes:
 Words:
 
     placeholder   an id of the prompt that stands for one image token
-    picture       a run of placeholders with nothing between them; it is pruned as one signal. So pictures or
-                  frames that stand side by side, without even a newline, are one picture here
-    patch         a token of the vision encoder; unit x unit of them make an image token
+    picture       a run of placeholders of one kind with nothing between them; it is pruned as one signal. So
+                  tiles or frames that stand side by side, without even a newline, are one picture here
+    patch         a token of the vision encoder; per_side x per_side of them make an image token
     size          how many image tokens of the plain model a token stands for
     position      where in the sequence of the LLM. *Logical*: as the prompt has it. *Physical*: which row of
                   what a layer really computes
     filler        a physical position that makes a shorter sample of a batch as long as the longest one
 
 Only the paper's abstract and summaries were available: what it states and what we choose is README's ledger,
-and `Our choice` marks where a choice is made.
+and `Our choice` marks where a choice is made. What is not supported: README, Limits.
 """
 
 import contextlib
@@ -221,7 +221,7 @@ def low_pass(x: Tensor, cutoff: float, dim: int = 1) -> Tensor:
 
 
 def spectral_score(x: Tensor, cutoff: float = 0.5) -> Tensor:
-    """Score each visual token of a picture: the norm of what a low-pass filter along the tokens removes.
+    """Score each image token of a picture: the norm of what a low-pass filter along the tokens removes.
 
     A token that the filter reproduces from its neighbours is redundant; what it removes is detail that
     would be lost with the token. Neither attention nor similarities are asked, and position does not
@@ -259,7 +259,7 @@ def spectral_prune(x: Tensor, keep: int, cutoff: float = 0.5, channels: int = 64
     scores are rounded to whole multiples of 2^-14. Scores that differ by rounding errors alone then
     tie, whatever kernel made the tokens.
 
-    Args: x (B, N, C) floating, the visual tokens of a picture in sequence order; keep in [0, N]; cutoff
+    Args: x (B, N, C) floating, the image tokens of a picture in sequence order; keep in [0, N]; cutoff
         as for `low_pass`; channels >= 1.
     Returns: (B, keep) int64, ascending; for keep = 0 an empty one, also for N = 0.
     Raises: ValueError for another rank or `keep` out of range, and what `low_pass` raises.
@@ -320,14 +320,14 @@ class LUVCConfig:
     """What is merged and pruned. Every default is our choice; docs/results.md has the measurements."""
 
     vision_keep: float = 0.75
-    """Fraction of the grid that leaves the encoder, in (0, 1]; 24 x 24 become 18 x 18. 1.0: merger off."""
+    """Fraction of the grid that leaves the encoder, in (0, 1]; 24 x 24 become 21 x 21. 1.0: merger off."""
     vision_steps: int | None = None
     """Merges inside the encoder, along W, H, W, ..., at least 2, spread evenly over its blocks, at most
     one per block. None: one before every block but the first."""
     llm_keep: float | Sequence[float] | None = None
     """Fraction of a picture's tokens that each decoder layer processes, of what the encoder delivered, in
-    [0, 1]: one for all layers, or one per layer, never rising. 1.0: pruner off. None: from 2/3 at the first
-    layer it falls evenly to 1/3 at the last but one, and is 0 at the last."""
+    [0, 1]: one for all layers, or one per layer, never rising. 1.0: pruner off. None: from 0.8 at the first
+    layer it falls evenly to 0.4 at the last but one, and is 0 at the last."""
     sizes: bool = True
     """Proportional attention: does a token weigh in attention by what it stands for?"""
     merge: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]] = merge_axis
@@ -337,8 +337,8 @@ class LUVCConfig:
 
     def fractions(self, layers: int) -> list[float]:
         """`llm_keep` spelled out for each decoder layer. Raises: ValueError for what it cannot be."""
-        # Our choice: from 1 to 0 keeps a few more, and still loses more on a real model (docs/results.md).
-        falling = [(2 - n / max(1, layers - 2)) / 3 for n in range(layers - 1)]
+        # Our choice: with the merger's 0.75, 44 % of the token-layers, the paper's 2x (docs/results.md).
+        falling = [0.8 - 0.4 * n / max(1, layers - 2) for n in range(layers - 1)]
         each = [*falling, 0.0] if self.llm_keep is None else self.llm_keep
         each = list(each) if isinstance(each, Sequence) else [each] * layers
         falls = each == sorted(each, reverse=True)  # a pruned token never comes back
@@ -361,24 +361,32 @@ class Hook(contextlib.ExitStack):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
+        self.replaced: list[tuple[nn.Module, str, object]] = []
 
     def attach(self):
         """Put the hooks in; returns self. Raises: ValueError, with the model as it was."""
-        name, decoder = type(self).__name__, self.model.get_decoder()
-        if hasattr(decoder, f"_{name}"):
-            raise ValueError(f"a {name} is attached to this model already; detach() it first")
         if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules()):
             raise ValueError("the model is compiled; LUVC needs eager mode, load the model anew")
         try:
-            self.replace(decoder, f"_{name}", self)
             self.hook()
         except BaseException:  # no half-attached model
             self.close()
             raise
         return self
 
-    # Take the hooks out: the model is what it was before `attach`. Without effect if not attached.
-    detach = contextlib.ExitStack.close
+    def __exit__(self, *exception):
+        """Take the hooks out: the model is what it was. Without effect if not attached.
+
+        Raises: ValueError if something else was put on top, since that would be lost; nothing changes.
+        """
+        for module, name, new in self.replaced:
+            if module.__dict__.get(name) is not new:
+                what = f"{type(module).__name__}.{name} was replaced after attach(), by accelerate perhaps"
+                raise ValueError(f"{what}; undo that before detach(), and attach LUVC last")
+        self.replaced = []
+        return super().__exit__(*exception)
+
+    __enter__, detach = attach, contextlib.ExitStack.close  # which calls __exit__
 
     def replace(self, module: nn.Module, name: str, new) -> None:
         """Give a module another attribute; it may have one of its own: accelerate, too, replaces forwards."""
@@ -388,13 +396,30 @@ class Hook(contextlib.ExitStack):
         else:
             self.callback(attributes.pop, name)
         attributes[name] = new
+        self.replaced.append((module, name, new))
 
-    __enter__ = attach
+    def occupy(self, module: nn.Module) -> None:
+        """Claim an encoder or an LLM. Raises: ValueError if another hook has it; models may share modules."""
+        if "_luvc" in module.__dict__:
+            raise ValueError(f"LUVC is attached to this {type(module).__name__} already; detach() it first")
+        self.replace(module, "_luvc", self)
+
+    def __reduce__(self):
+        raise ValueError("a model cannot be copied or pickled while LUVC is attached; detach() it first")
 
 
-# Proportional attention (ToMe, arXiv 2210.09461). A token of size s stands for s tokens, so a query has to
-# meet its key s times: softmax(q . k * scale + log s). A bias would need a mask, and with a mask flash
-# kernels do not run. But the sum fits into the product, as one more channel of every head:
+def move(device: torch.device, *holders) -> None:
+    """Take the tensors that these objects hold to a device: `device_map` spreads layers over several."""
+    for holder in holders:
+        for name, value in vars(holder).items():
+            if isinstance(value, Tensor) and value.device != device:
+                setattr(holder, name, value.to(device))
+
+
+# Proportional attention is ToMe's (arXiv 2210.09461); that it goes on inside the LLM is our choice. A token of
+# size s stands for s tokens, so a query has to meet its key s times: softmax(q . k * scale + log s). A bias
+# would need a mask, and with a mask flash kernels do not run. But the sum fits into the product, as one more
+# channel of every head:
 #
 #     [q, 1 / scale] . [k, log s] * scale  =  q . k * scale + log s
 #
@@ -452,9 +477,9 @@ ATTENTIONS.register("luvc", sized_attention)
 # run the layer as it is, scatter its output back. A pruned token is no longer updated; it rides along in the
 # residual stream.
 #
-#     logical   | t t v v v v v v v v t t t |      t text, v visual
-#     layer 0   | t t v v v . . v v . t t t |
-#     layer 5   | t t v . v . . v v . t t t |      what the layer computes is a shorter causal sequence;
+#     logical   | t t i i i i i i i i t t t |      t text, i image token
+#     layer 0   | t t i i i . . i i . t t t |
+#     layer 5   | t t i . i . . i i . t t t |      what the layer computes is a shorter causal sequence;
 #     last one  | t t . . . . . . . . t t t |      rotary positions are those of the logical sequence
 #
 # Samples of a batch may keep differently many positions. Shorter ones are filled up at their end, and the KV
@@ -462,10 +487,10 @@ ATTENTIONS.register("luvc", sized_attention)
 # later call is the caller's, read at these positions; where it hides nothing there is none, and flash
 # kernels run. In a first call it never does: what is masked is not processed, and fillers come last.
 #
-#     _before_model    before the model: which ids are placeholders of pictures in this call?
-#     _before_decoder  before the LLM: what can be pruned? A Prompt goes from layer to layer
-#     run_layer        for each layer: prune, gather, run, scatter
-#     PrunedLayer      what the layer's attention calls: the KV cache of one layer
+#     _run_model     which ids are placeholders of pictures in this call?
+#     _run_decoder   what can be pruned? A Prompt goes from layer to layer
+#     run_layer      for each layer: prune, gather, run, scatter
+#     PrunedLayer    what the layer's attention calls: the KV cache of one layer
 
 
 @dataclass
@@ -538,19 +563,18 @@ class Prompt:
         size: (B, S) float32, how many tokens each position stands for; 0 if it is not processed (masked, or
             another copy stands for it).
         pictures: list of `Pictures`, what can be pruned.
-        texts: list of int; per sample, how many positions every layer processes.
+        text_lengths: list of int; per sample, how many positions every layer processes.
         shown: (B, start + S) bool, what the caller's mask shows, `start` positions of earlier calls first.
         masked: does it hide any?
         weigh: proportional attention?
     """
 
-    def __init__(self, size: Tensor, pictures: list, texts: list, shown: Tensor, masked: bool, weigh: bool):
-        self.size, self.pictures, self.texts, self.weigh = size, pictures, texts, weigh
+    def __init__(self, size: Tensor, pictures: list, text_lengths: list, shown: Tensor, masked: bool, weigh):
+        self.size, self.pictures, self.text_lengths, self.weigh = size, pictures, text_lengths, weigh
         self.start, self.masked = shown.shape[1] - size.shape[1], masked
         self.shown = nn.functional.pad(shown, (0, 1))  # index -1, of fillers, finds False
         self.rows = torch.arange(len(size), device=size.device)[:, None]
-        self.row_starts = self.rows * size.shape[1]
-        self.layers: list[Tensor] = []  # the sizes (B, S) of each layer so far
+        self.delivered, self.layers = size, []  # sizes (B, S): before the first layer, of each layer so far
         self.select()
 
     def prune(self, hidden: Tensor, fraction: float, choose: Callable[[Tensor, int], Tensor]) -> None:
@@ -576,17 +600,17 @@ class Prompt:
         Sets index, (B * K) as `sample * S + position`, ascending per sample, then fillers; None if all are
         processed; positions (B, K), logical, -1 for fillers; fillers: are there any; channels of the keys.
         """
-        (B, S), lengths = self.size.shape, list(self.texts)
+        (B, S), lengths = self.size.shape, list(self.text_lengths)
         for picture in self.pictures:
             for sample in picture.samples:
                 lengths[sample] += picture.where.shape[1]
-        K, self.fillers = max(lengths), min(lengths) < max(lengths)
+        K = max(1, *lengths)  # if everything is masked: one filler
+        self.fillers, self.index = min(lengths) < K, None
         position, size = torch.arange(S, device=self.size.device).expand(B, S), self.size
-        self.index = None
         if min(lengths) < S:  # positions of size 0 behind all others; a stable sort leaves both in order
             position = size.clamp(max=1).sort(dim=1, descending=True, stable=True).indices[:, :K]
             size = size.gather(1, position)
-            self.index = (position + self.row_starts).flatten()
+            self.index = (position + self.rows * S).flatten()
         self.positions = position + self.start
         if self.fillers:
             self.positions, size = self.positions.masked_fill(size == 0, -1), size.clamp(min=1)
@@ -598,17 +622,17 @@ class Prompt:
 
     def mask(self, store: PrunedLayer | None, x: Tensor, config) -> Tensor | None:
         """transformers' own mask for x (B, K, C), behind what is stored; none where a kernel needs none."""
-        (B, K, _), shown = x.shape, None
+        (B, K, _), shown, kernel = x.shape, None, config._attn_implementation
         past = store.keys.shape[-2] if store is not None and store.is_initialized else 0
         hides = past > 0 and (self.masked or store.fillers)
-        if K == 1 and not hides:
-            return None
         if hides:
             store.positions = [torch.cat(store.positions, dim=1)]  # (B, past + K)
             shown = self.shown[self.rows, store.positions[0]]
+        if K == 1 and (kernel == "sdpa" or not hides):  # a word that was generated: no causal part
+            return shown[:, None, None] if hides else None
         more = {"allow_is_causal_skip": not hides, "dtype": x.dtype, "device": x.device, "config": config}
         lengths = {"batch_size": B, "q_length": K, "kv_length": past + K, "q_offset": past}
-        return MASKS[config._attn_implementation](attention_mask=shown, **lengths, **more)
+        return MASKS[kernel](attention_mask=shown, **lengths, **more)
 
 
 def run_layer(plain: Callable, number: int, pruner: "Pruner", hidden: Tensor, **kwargs) -> Tensor:
@@ -616,8 +640,11 @@ def run_layer(plain: Callable, number: int, pruner: "Pruner", hidden: Tensor, **
 
     Args: plain, the layer's own forward; its number; pruner; hidden (B, S, C), the logical sequence; kwargs,
         what transformers hands to a layer, and the `prompt`.
+    Returns: (B, S, C): what was processed updated, the rest as it came. (What stands at a filler means
+        nothing: nobody reads it again.)
     """
     prompt, cache = kwargs.pop("prompt"), kwargs[CACHE]
+    move(hidden.device, prompt, *prompt.pictures)
     prompt.prune(hidden, pruner.fractions[number], pruner.config.prune)
     prompt.layers.append(prompt.size)
     x = hidden if prompt.index is None else prompt.gather(hidden)
@@ -628,15 +655,18 @@ def run_layer(plain: Callable, number: int, pruner: "Pruner", hidden: Tensor, **
         kwargs["key_channels"] = prompt.channels
     kwargs["attention_mask"] = prompt.mask(store, x, pruner.decoder.config)
     kwargs["position_ids"] = None  # FlashAttention would take gaps in them for the seams of several sequences
-    if prompt.index is not None:
-        cos_sin = torch.cat(kwargs["position_embeddings"], dim=-1).expand(len(x), -1, -1)
-        kwargs["position_embeddings"] = prompt.gather(cos_sin).chunk(2, dim=-1)  # of the logical sequence
+    if prompt.index is not None:  # rotary positions stay those of the logical sequence
+        cos_sin = torch.cat(kwargs["position_embeddings"], dim=-1).to(x.device).expand(len(x), -1, -1)
+        kwargs["position_embeddings"] = prompt.gather(cos_sin).chunk(2, dim=-1)
     out = plain(x, **kwargs)
-    if prompt.fillers:  # what a filler stands at stays as it is
-        out = torch.where(prompt.positions[..., None] >= 0, out, x)
     if prompt.index is None:
         return out
-    return hidden.flatten(0, 1).index_copy(0, prompt.index, out.flatten(0, 1)).view_as(hidden)
+    rows = hidden.to(out.device).flatten(0, 1)
+    return rows.index_copy(0, prompt.index.to(out.device), out.flatten(0, 1)).view_as(hidden)
+
+
+# From the model to its LLM, within one call: (input_ids, ids of placeholders). Every thread has its own.
+CALL: ContextVar = ContextVar("luvc_call", default=None)
 
 
 class Pruner(Hook):
@@ -649,146 +679,110 @@ class Pruner(Hook):
         model: a Hugging Face VLM in the layout of LLaVA: `base_model` sees input_ids and encodes pictures,
             `get_decoder()` has `layers` with `self_attn`.
         config: the settings; those of the merger are not used.
-        merged: do pictures hold copies of merged tokens (section 5)? Then one of the copies is kept.
+        find_copies: behind a Merger, the function of that name (section 5): of the copies of a merged token
+            one is kept.
     Raises: ValueError for a decoder that cannot be pruned, and when attached for a call that would go wrong.
     """
 
-    def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig(), merged: bool = False):
+    def __init__(
+        self, model: nn.Module, config: LUVCConfig = LUVCConfig(), find_copies: Callable | None = None
+    ):
         super().__init__(model)
-        self.config, self.merged, self.decoder = config, merged, self.model.get_decoder()
+        self.config, self.find_copies, self.decoder = config, find_copies, self.model.get_decoder()
         self.fractions = config.fractions(len(self.decoder.layers))
-        self.latest: Prompt | None = None  # of the latest prefill
+        self.latest: Prompt | None = None  # of the latest prefill that was completed
         check_decoder(self.decoder.config)
 
     def hook(self) -> None:
-        base, run = self.model.base_model, self._before_model
-        self.callback(base.register_forward_pre_hook(run, with_kwargs=True).remove)
-        self.callback(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True).remove)
-        self.callback(base.register_forward_hook(self._after_model, always_call=True).remove)
+        self.occupy(self.decoder)
+        for module, run in ((self.model.base_model, self._run_model), (self.decoder, self._run_decoder)):
+            self.replace(module, "forward", functools.partial(run, module.forward))
         for number, layer in enumerate(self.decoder.layers):
             # At `forward`, inside of the layer's hooks: with these transformers collects hidden_states.
             self.replace(layer, "forward", functools.partial(run_layer, layer.forward, number, self))
             if self.config.sizes:
                 weigh_keys(self, layer.self_attn)
 
-    def _before_model(self, base: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the model: input_ids, and placeholders of which kinds have pictures now."""
+    def _run_model(self, plain: Callable, *args, **kwargs):
+        """Note input_ids, and the kinds of pictures in this call; then the model's own forward."""
         if len(args) > 1:
             raise ValueError("LUVC finds pictures by name: pass pixel_values and masks as keyword arguments")
         encoded = kwargs | (kwargs.get("mm_encoder_outputs") or {})  # `generate` may have encoded ahead
-        given, config = {name for name, value in encoded.items() if value is not None}, base.config
-        found = [config.image_token_id] if given & {"pixel_values", "image_hidden_states", "image"} else []
-        found += [config.video_token_id] if given & {"pixel_values_videos", "video"} else []
-        CALL.set((args[0] if args else kwargs.get("input_ids"), found))
+        given, config = {name for name, value in encoded.items() if value is not None}, self.model.config
+        kinds = [config.image_token_id] if given & {"pixel_values", "image_hidden_states", "image"} else []
+        kinds += [config.video_token_id] if given & {"pixel_values_videos", "video"} else []
+        token = CALL.set((args[0] if args else kwargs.get("input_ids"), kinds))
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            CALL.reset(token)
 
-    def _after_model(self, *call) -> None:
-        """Forward hook of the model, also after an exception: what was said of this call is over."""
-        CALL.set(None)
+    def _run_decoder(self, plain: Callable, *args, **kwargs):
+        """Find the pictures, let the KV cache count logical positions; then the LLM's own forward."""
+        ids, kinds = args[0] if args else kwargs.get("input_ids"), []
+        if ids is None:  # else somebody calls the LLM alone, with text
+            ids, kinds = CALL.get() or (None, [])
+        cache = kwargs.pop("past_key_values", kwargs.get(CACHE))
+        start, mask = getattr(cache, "get_seq_length", int)(), kwargs.get("attention_mask")
+        check_call(self.model, ids, mask, start, kwargs)
+        (B, S), shown = ids.shape, torch.ones(len(ids), start + ids.shape[1], device=ids.device) > 0
+        shown = shown if mask is None else mask[:, : start + S] != 0
+        # The host waits for the device here, where transformers looks into the mask, too, and for pictures.
+        masked = mask is not None and not bool(shown.all())
+        here = shown[:, start:].cpu() if masked else torch.ones(B, S, dtype=torch.bool)
+        size, pictures, text_lengths = shown[:, start:].float(), [], here.sum(1).tolist()
+        if kinds:
+            size, pictures, text_lengths = self._find_pictures(
+                ids.cpu(), kinds, here, kwargs["inputs_embeds"]
+            )
+        cache = self._adopt(cache, kwargs.get("use_cache"))
+        prompt = Prompt(size, pictures, text_lengths, shown, masked, self.config.sizes)
+        output = plain(*args, **kwargs | {"attention_mask": None, CACHE: cache, "prompt": prompt})
+        self.latest = prompt if S > 1 or kinds else self.latest
+        return output
 
-    def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Forward pre-hook of the LLM: find the pictures, and let the KV cache count logical positions."""
-        ids, found = CALL.get() or (args[0] if args else kwargs.get("input_ids"), [])
-        CALL.set(None)
-        cache, mask = kwargs.pop("past_key_values", kwargs.get(CACHE)), kwargs.get("attention_mask")
-        start = getattr(cache, "get_seq_length", int)()
-        check_call(self.model, ids, mask, start)
-        B, S = ids.shape
-        shown = torch.ones(B, start + S, device=ids.device) if mask is None else mask[:, : start + S]
-        shown, on_host = shown.bool(), shown.bool().cpu()  # here alone the host waits for the device
-        text, size, pictures = on_host[:, start:], on_host[:, start:].float(), []
-        if found:
-            visual = torch.isin(ids.cpu(), torch.tensor(found)) & text
-            size, pictures = self.find_pictures(visual, text, size, kwargs["inputs_embeds"])
-            text = text & ~visual
-        wanted = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-        cache = adopt(cache, decoder) if cache is not None or wanted else None
-        size, texts, masked = size.to(ids.device), text.sum(1).tolist(), not bool(on_host.all())
-        prompt = Prompt(size, pictures, texts, shown, masked, self.config.sizes)
-        self.latest = prompt if S > 1 or found else self.latest
-        return args, kwargs | {"attention_mask": None, CACHE: cache, "prompt": prompt}
-
-    def find_pictures(self, visual: Tensor, here: Tensor, size: Tensor, embeds: Tensor) -> tuple:
+    def _find_pictures(self, ids: Tensor, kinds: list, here: Tensor, embeds: Tensor) -> tuple:
         """Where are the pictures of a prompt? Runs of placeholders, each of which is a signal of its own.
 
-        Args: visual, here (B, S) bool on the host: placeholders, and what is not masked; size (B, S); embeds
-            (B, S, C), of which one of the copies of a token is kept, if they are merged.
-        Returns: sizes (B, S), and a list of `Pictures`. Raises: ValueError if a prompt ends with a picture.
+        Args: ids (B, S), here (B, S) bool, what is not masked, both on the host; kinds, ids of placeholders;
+            embeds (B, S, C).
+        Returns: what `Prompt` wants: sizes (B, S), a list of `Pictures`, text lengths.
+        Raises: ValueError if a prompt ends with a picture.
         """
-        S, device = visual.shape[1], embeds.device
+        S, device, size = ids.shape[1], embeds.device, here.float().flatten()
+        image = torch.isin(ids, torch.tensor(kinds)) & here  # (B, S): placeholders
         last = S - 1 - here.byte().flip(1).argmax(1)
-        if visual.gather(1, last[:, None]).any():
+        if image.gather(1, last[:, None]).any():
             raise ValueError("a prompt ends with a picture, but the answer begins there: add text")
-        first = visual & ~nn.functional.pad(visual, (1, 0))[:, :-1]  # placeholders with none before them
-        where = visual.flatten().nonzero()[:, 0]
-        run = first.flatten().cumsum(0)[where]  # 1 1 1 2 2 ...: the picture of each placeholder
-        if self.merged:
-            rows = embeds.flatten(0, 1)[where.to(device)]
-            middle, copies = find_copies(rows, run)
-            size = size.flatten().index_fill(0, where, 0.0)
+        before = nn.functional.pad(ids * image, (1, 0))[:, :-1]
+        where = image.flatten().nonzero()[:, 0]
+        run = (image & (before != ids)).flatten().cumsum(0)[where]  # 1 1 1 2 2 ...: whose each placeholder is
+        if self.find_copies is not None:
+            middle, copies = self.find_copies(embeds.flatten(0, 1)[where.to(device)], run)
+            size[where] = 0.0
             where, run = where[middle], run[middle]
-            size = size.index_copy(0, where, copies.float()).view_as(visual)
+            size[where] = copies.float()
         counts, pictures = run.bincount(), []
         for count in sorted(set(counts.tolist()) - {0}):
             group = where[counts[run] == count].view(-1, count)
             pictures.append(Pictures(count, group.to(device), (group[:, 0] // S).tolist()))
-        return size, pictures
+        return size.view_as(here).to(device), pictures, (here & ~image).sum(1).tolist()
 
+    def _adopt(self, cache, use_cache: bool | None) -> DynamicCache | None:
+        """The KV cache of a call, the caller's or a new one: from now on its layers count logical positions.
 
-# From the model to its LLM, within one call: (input_ids, ids of placeholders). Every thread has its own.
-CALL: ContextVar = ContextVar("luvc_call", default=None)
-
-
-# A copy is told by its number, not by being equal: two pictures may be equal, too, or the blank parts of one,
-# and then it is a matter of rounding whether their rows are. The number of a merged token stands in the last
-# bits of its first 32 channels, behind a mark by which other rows (LLaVA-NeXT's newlines) are told from it.
-# That changes a channel by one unit in the last place at most, which no model notices.
-BITS, MARK = 32, 0x5EED
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def number_rows(x: Tensor) -> Tensor:
-    """Write mark and number (modulo 2^16) of each row of x (..., C) into the last bits of its first channels."""
-    bits = x[..., :BITS].contiguous().view(INTEGERS[x.element_size()])
-    number = torch.arange(x[..., 0].numel(), device=x.device).view(*x.shape[:-1], 1) % 2**16 + (MARK << 16)
-    digits = number >> torch.arange(BITS, device=x.device) & 1
-    numbered = torch.cat([(bits & ~1 | digits.to(bits.dtype)).view(x.dtype), x[..., BITS:]], dim=-1)
-    return x + (numbered - x).detach()  # exactly `numbered`, with the gradients of x
-
-
-def find_copies(rows: Tensor, run: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows are copies of one merged token? Those of a picture that have one number, and are equal.
-
-    Args: rows (N, C), floating; run (N) int64, on the host: the picture of each.
-    Returns: on the host, the index of the middle one of each token's rows, ascending, and how many there are
-        (of an even number the first of the two middle ones). A row that something changed stands for itself.
-    Source: our choice.
-    """
-    bits = rows[:, :BITS].contiguous().view(INTEGERS[rows.element_size()]).long() & 1
-    number = (bits << torch.arange(BITS, device=rows.device)).sum(-1).cpu()
-    alone = len(rows) + torch.arange(len(rows))
-    token = torch.where(number >> 16 == MARK, (run << 16) + number % 2**16 + 2 * len(rows), alone)
-    for check in (True, False):
-        _, token, copies = token.unique(return_inverse=True, return_counts=True)
-        order, start = token.argsort(stable=True), copies.cumsum(0) - copies  # a token's rows stand together
-        if check:
-            equal = (rows == rows[order[start][token].to(rows.device)]).all(-1).cpu()  # to the first of them
-            token = torch.where(equal, token, alone)
-    middle, of = order[start + (copies - 1) // 2].sort()
-    return middle, copies[of]
-
-
-def adopt(cache, decoder: nn.Module) -> DynamicCache:
-    """The KV cache of a call, the caller's or a new one: from now on its layers count logical positions.
-
-    Raises: ValueError for another kind of cache, or one that was filled without LUVC; it is as it was.
-    """
-    cache = DynamicCache(config=decoder.config) if cache is None else cache
-    kinds = {type(layer) for layer in cache.layers} if isinstance(cache, DynamicCache) else {type(cache)}
-    if kinds - {DynamicLayer, PrunedLayer} or (kinds == {DynamicLayer} and cache.get_seq_length()):
-        raise ValueError(f"{type(cache).__name__}: LUVC needs a DynamicCache, empty or filled under LUVC")
-    if kinds != {PrunedLayer}:
-        cache.layers = [PrunedLayer() for _ in decoder.layers]
-    return cache
+        Raises: ValueError for another kind of cache, or one that was filled without LUVC; it is as it was.
+        """
+        if cache is None:
+            if not (self.decoder.config.use_cache if use_cache is None else use_cache):
+                return None
+            cache = DynamicCache(config=self.decoder.config)
+        kinds = {type(layer) for layer in cache.layers} if isinstance(cache, DynamicCache) else {type(cache)}
+        if kinds - {DynamicLayer, PrunedLayer} or (kinds == {DynamicLayer} and cache.get_seq_length()):
+            raise ValueError(f"{type(cache).__name__}: LUVC needs a DynamicCache, empty or filled under LUVC")
+        if kinds != {PrunedLayer}:
+            cache.layers = [PrunedLayer() for _ in self.decoder.layers]
+        return cache
 
 
 # Refused before anything is changed, since it would go wrong in silence. A sliding window counts stored
@@ -808,7 +802,7 @@ def check_decoder(config) -> None:
         raise ValueError(f"{got}: not supported; use {want}")
 
 
-def check_call(model: nn.Module, ids: Tensor | None, mask, start: int) -> None:
+def check_call(model: nn.Module, ids: Tensor | None, mask, start: int, kwargs: dict) -> None:
     """Raises: ValueError for a call of the LLM that would go wrong."""
     if model.training:
         raise ValueError("the model is in training mode, but LUVC is for inference: model.eval()")
@@ -817,6 +811,8 @@ def check_call(model: nn.Module, ids: Tensor | None, mask, start: int) -> None:
     if mask is not None and (getattr(mask, "ndim", 0) != 2 or mask.shape[1] < start + ids.shape[1]):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask {got} must be None or 2-D, of {start} + {ids.shape[1]} columns")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise ValueError("cu_seq_lens_q packs several sequences into a row; LUVC needs one per row")
 
 
 # ==== 5. The Merger: vision encoders on fewer and fewer tokens ==============================================
@@ -831,15 +827,15 @@ def check_call(model: nn.Module, ids: Tensor | None, mask, start: int) -> None:
 #     what the LLM gets        a    b    b    b    b    c
 #     what its layers process  a         b              c        sizes 1 4 1
 #
-# Many encoders make one image token of unit x unit patches. The merger merges whole image tokens, each patch
-# with the patch in the same corner of the neighbour: grids stay even, and what is equal is merged into what
-# it was. (All of this is our choice.)
+# Many encoders make an image token of 2 x 2 patches (`per_side` is 2). The merger merges whole image tokens,
+# each patch with the patch in the same corner of the neighbour: grids stay even, and what is equal is merged
+# into what it was. (All of this is our choice.)
 #
 #     _begin            before the encoder: how large are the pictures?
 #     _before_block     before a block whose turn it is: merge, so that it runs on fewer tokens
 #     _after_projector  behind a projector: a copy for every place
 
-# The pictures in the encoder. Every thread has its own.
+# The pictures in the encoder, a `Tiles`. Every thread has its own.
 PICTURES: ContextVar = ContextVar("luvc_pictures", default=None)
 
 
@@ -847,15 +843,15 @@ class Grid:
     """Pictures, tiles or frames of one size that follow each other: n grids of H x W image tokens."""
 
     def __init__(self, n: int, H: int, W: int, config: LUVCConfig, steps: int, device):
-        self.plan, self.rule = iter(merge_plan(H, W, config.vision_keep, steps)), config.merge
+        self.plan, self.done, self.rule = merge_plan(H, W, config.vision_keep, steps), 0, config.merge
         self.size = torch.ones(n, H, W, device=device)  # (n, h, w), as far as it is merged
         self.token = torch.arange(H * W, device=device).expand(n, -1)  # (n, H * W), see `follow`
 
     def merge(self, x: Tensor) -> Tensor:
         """The next step of the plan: (n, h, w, C) -> the same with h or w smaller."""
-        axis, *shape = next(self.plan)
+        axis, *shape = self.plan[self.done]
         x, self.size, parent = self.rule(x, self.size, shape[axis - 1], axis)
-        self.token = follow(self.token, parent)
+        self.token, self.done = follow(self.token, parent), self.done + 1
         return x
 
     def mean(self, x: Tensor) -> Tensor:
@@ -875,30 +871,36 @@ class Grid:
 class Tiles:
     """The pictures of one call of the encoder, tiles of one size: x is (n, prefix + patches, C), row by row.
 
-    `to_grids` and `from_grids` lead from there to a (n, h, w, unit * unit * C) for each grid, and back.
+    `to_grids` and `from_grids` lead from there to (n, h, w, per_side * per_side * C) for each grid, and back.
     """
 
     def __init__(self, family: "Family", grids: list[Grid]):
-        self.family, self.grids = family, grids
+        self.family, self.grids, self.tokens = (
+            family,
+            grids,
+            [],
+        )  # how many, in each block from the first merge on
 
     def to_grids(self, x: Tensor) -> list[Tensor]:
-        (n, h, w), unit = self.grids[0].size.shape, self.family.unit
-        x = x[:, self.family.prefix :].reshape(n, h, unit, w, unit, -1)
+        (n, h, w), side = self.grids[0].size.shape, self.family.per_side
+        x = x[:, self.family.prefix :].reshape(n, h, side, w, side, -1)
         return [x.transpose(2, 3).reshape(n, h, w, -1)]
 
     def from_grids(self, parts: list[Tensor], x: Tensor) -> Tensor:
-        (n, h, w, _), unit = parts[0].shape, self.family.unit
-        patches = parts[0].reshape(n, h, w, unit, unit, -1).transpose(2, 3)
-        return torch.cat([x[:, : self.family.prefix], patches.reshape(n, h * w * unit**2, -1)], dim=1)
+        (n, h, w, _), side = parts[0].shape, self.family.per_side
+        patches = parts[0].reshape(n, h, w, side, side, -1).transpose(2, 3)
+        return torch.cat([x[:, : self.family.prefix], patches.reshape(n, h * w * side**2, -1)], dim=1)
 
     def merge(self, x: Tensor) -> Tensor:
         """The next step of the plan, for all pictures: encoder tokens -> fewer encoder tokens."""
+        move(x.device, self, *self.grids)
         parts = [grid.merge(part) for grid, part in zip(self.grids, self.to_grids(x), strict=True)]
         self.arrange()
         return self.from_grids(parts, x)
 
     def copies(self, features: Tensor) -> Tensor:
         """What a projector made of merged tokens -> a row for each image token of the plain model."""
+        move(features.device, self, *self.grids)
         prefix = self.family.prefix_tokens
         return torch.cat([features[:, :prefix], self.grids[0].copies(features[:, prefix:])], dim=1)
 
@@ -907,7 +909,7 @@ class Tiles:
 
         Our choice; on a real encoder features come nearer to those of the full one (docs/results.md).
         """
-        size = self.grids[0].size[..., None].expand(-1, -1, -1, self.family.unit**2)
+        size = self.grids[0].size[..., None].expand(-1, -1, -1, self.family.per_side**2)
         prefix = size.new_ones(len(size), self.family.prefix, 1)
         self.channels = size_channels(self.from_grids([size], prefix)[..., 0])  # of (n, prefix + patches)
 
@@ -927,21 +929,24 @@ class Packed(Tiles):
 
     def __init__(self, *args):
         super().__init__(*args)
-        thw, unit = self.arrange(), self.family.unit
+        thw, side = self.arrange(), self.family.per_side
         self.whole = self.order  # before anything is merged
-        # Row and column of each patch: (image tokens, unit * unit * 2), of each grid.
-        places = vision_utils.get_vision_position_ids(thw, unit).view(-1, unit * unit * 2)
+        # Row and column of each patch: (image tokens, per_side * per_side * 2), of each grid.
+        places = vision_utils.get_vision_position_ids(thw, side).view(-1, side * side * 2)
         places = places.to(self.order.device, torch.float32)
-        self.places = places.split([grid.token.numel() for grid in self.grids])
+        for grid, its in zip(
+            self.grids, places.split([grid.token.numel() for grid in self.grids]), strict=True
+        ):
+            grid.places = its
 
     def arrange(self) -> Tensor:
-        vision, unit, device = self.family.vision, self.family.unit, self.grids[0].size.device
-        thw = torch.tensor([[n, h * unit, w * unit] for n, h, w in (grid.size.shape for grid in self.grids)])
+        vision, side, device = self.family.vision, self.family.per_side, self.grids[0].size.device
+        thw = torch.tensor([[n, h * side, w * side] for n, h, w in (grid.size.shape for grid in self.grids)])
         self.frames, self.cos_sin = vision_utils.get_vision_cu_seqlens(thw).to(device), None
-        self.order = torch.arange(int(self.frames[-1]) // unit**2, device=device)
+        self.order = torch.arange(int(thw.prod(1).sum()) // side**2, device=device)
         if hasattr(vision, "fullatt_block_indexes"):
             window = vision.window_size, vision.patch_size
-            order, windows = vision_utils.get_vision_window_index(thw, unit, *window)
+            order, windows = vision_utils.get_vision_window_index(thw, side, *window)
             self.order, self.windows = order.to(device), windows.to(device)
         return thw
 
@@ -952,22 +957,62 @@ class Packed(Tiles):
 
     def from_grids(self, parts: list[Tensor], x: Tensor) -> Tensor:
         rows = torch.cat([part.flatten(0, 2) for part in parts])[self.order]
-        return rows.view(len(rows) * self.family.unit**2, -1)
+        return rows.view(len(rows) * self.family.per_side**2, -1)
 
     def copies(self, features: Tensor) -> Tensor:
+        move(features.device, self, *self.grids)
         parts = zip(self.grids, self.to_grids(features), strict=True)
         rows = [grid.copies(part.flatten(1, 2)).flatten(0, 1) for grid, part in parts]
         return torch.cat(rows)[self.whole]
 
     def arguments(self, number: int, x: Tensor, kwargs: dict) -> dict:
         if self.cos_sin is None:  # a position is the mean over what was merged; it need not be a whole number
-            means = [grid.mean(place) for grid, place in zip(self.grids, self.places, strict=True)]
+            means = [grid.mean(grid.places) for grid in self.grids]
             self.cos_sin = self.family.vision.rotary_pos_emb(x, self.from_grids(means, x))
         full = number in getattr(self.family.vision, "fullatt_block_indexes", [number])
         ends = self.frames if full else self.windows
         if kwargs.get("max_seqlen") is not None:  # FlashAttention asks for it
             kwargs["max_seqlen"] = int(ends.diff().max())
         return kwargs | {"cu_seqlens": ends, "position_embeddings": self.cos_sin}
+
+
+# A copy is told by its number, not by being equal: two pictures may be equal, too, or the blank parts of one,
+# and then it is a matter of rounding whether their rows are. The number of a merged token stands in its first
+# 32 channels, one binary digit in the last bit of each, behind a mark by which other rows (LLaVA-NeXT's
+# newlines) are told from it. The last bit as bfloat16 has it, so that a change of dtype on the way to the LLM
+# leaves it in place; for 32 of thousands of channels that is exact enough.
+DIGITS, MARK = 32, 0x5EED
+
+
+def number_rows(x: Tensor) -> Tensor:
+    """Write mark and number (modulo 2^16) of each row of x (..., C), C >= 32, into its first channels.
+
+    Returns: x with these channels in bfloat16's precision. Source: our choice.
+    """
+    number = torch.arange(x[..., 0].numel(), device=x.device).view(*x.shape[:-1], 1) % 2**16 + (MARK << 16)
+    digits = number >> torch.arange(DIGITS, device=x.device) & 1
+    bits = x[..., :DIGITS].bfloat16().view(torch.int16) & ~1 | digits.to(torch.int16)
+    return torch.cat([bits.view(torch.bfloat16).to(x.dtype), x[..., DIGITS:]], dim=-1)
+
+
+def find_copies(rows: Tensor, run: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are copies of one merged token? Those of a picture that have one number, and are equal.
+
+    Args: rows (N, C), floating; run (N) int64, on the host: the picture of each.
+    Returns: on the host, the index of the middle one of each token's rows, ascending, and how many there are
+        (of an even number the first of the two middle ones). A row that something changed stands for itself.
+    Source: our choice.
+    """
+    bits = rows[:, :DIGITS].bfloat16().view(torch.int16).long() & 1
+    number = (bits << torch.arange(DIGITS, device=rows.device)).sum(-1).cpu()
+    alone = ~torch.arange(len(rows))  # -1, -2, ...
+    token = torch.where(number >> 16 == MARK, (run << 16) + number % 2**16, alone)
+    order = token.argsort(stable=True)  # the rows of a token stand together
+    sorted_rows = rows[order.to(rows.device)]
+    changed = (sorted_rows[1:] != sorted_rows[:-1]).any(-1).cpu() | (token[order].diff() != 0)
+    copies = nn.functional.pad(changed.cumsum(0), (1, 0)).bincount()
+    middle, index = order[copies.cumsum(0) - copies + (copies - 1) // 2].sort()
+    return middle, copies[index]
 
 
 class Merger(Hook):
@@ -983,39 +1028,49 @@ class Merger(Hook):
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
         super().__init__(model)
         self.config, self.family = config, family_of(self.model)
-        blocks = len(self.family.blocks)
+        blocks, self.off = len(self.family.blocks), config.vision_keep == 1
         self.steps = steps = blocks - 1 if config.vision_steps is None else config.vision_steps
-        if not 0 < config.vision_keep <= 1 or not 2 <= steps <= blocks:
+        if not 0 < config.vision_keep <= 1 or not (self.off or 2 <= steps <= blocks):
             got = f"vision_keep={config.vision_keep}, vision_steps={steps}"
             raise ValueError(f"{got} must lie in (0, 1], and in [2, {blocks}]: at most one merge per block")
         # Our choice: the merges are spread evenly over the blocks, `steps` of them before these blocks. The
         # first block always sees the whole picture: before it, tokens are pixels and no features.
-        merges = steps if config.vision_keep < 1 else 0
-        self.merges = [(step + 1) * blocks // (steps + 1) for step in range(merges)]
+        self.merges = [] if self.off else [(step + 1) * blocks // (steps + 1) for step in range(steps)]
         self.latest: Tiles | None = None  # the pictures that were encoded last
 
     def hook(self) -> None:
-        family = self.family
+        family, base = self.family, self.model.base_model
+        self.occupy(family.vision)
         self.callback(PICTURES.set, None)  # nothing of the model outlives the hook
+        self.replace(base, "forward", functools.partial(self._run_model, base.forward))
         self.callback(family.vision.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         # Blocks before the first merge run as they are; the others get what fits fewer tokens.
         for number, block in enumerate(family.blocks):
             if self.merges and number >= self.merges[0]:
                 run = functools.partial(self._before_block, number)
                 self.callback(block.register_forward_pre_hook(run, with_kwargs=True).remove)
-                if self.config.sizes and family.side:
+                if self.config.sizes and family.patch_size:
                     weigh_keys(self, attention_of(block), lambda: PICTURES.get().channels)
         for projector in family.projectors:
             self.callback(projector.register_forward_hook(self._after_projector).remove)
 
+    def _run_model(self, plain: Callable, *args, **kwargs):
+        """The model's own forward; a call within a call leaves the pictures of the outer one as they were."""
+        outer = PICTURES.get()
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            PICTURES.set(outer)
+
     def _begin(self, vision: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the encoder: how many pictures are there, and how large are they?"""
-        pixels, unit = (*args, *kwargs.values())[0], self.family.unit
-        if self.family.side:
-            make, shapes = Tiles, [(len(pixels), *self.family.side)]
+        pixels, side = (*args, *kwargs.values())[0], self.family.per_side
+        if self.family.patch_size:
+            make, edges = Tiles, zip(pixels.shape[-2:], self.family.patch_size, strict=True)
+            shapes = [(len(pixels), *(pixel // patch // side for pixel, patch in edges))]
         else:
             make, grid_thw = Packed, kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-            shapes = [(t, h // unit, w // unit) for t, h, w in grid_thw.tolist()]
+            shapes = [(t, h // side, w // side) for t, h, w in grid_thw.tolist()]
         grids = [Grid(*shape, self.config, self.steps, pixels.device) for shape in shapes]
         self.latest = make(self.family, grids)
         PICTURES.set(self.latest)
@@ -1027,6 +1082,7 @@ class Merger(Hook):
             raise ValueError("a tile has padding, which cannot be merged; split pictures into whole tiles")
         pictures = PICTURES.get()
         hidden = pictures.merge(hidden) if number in self.merges else hidden
+        pictures.tokens.append(sum(grid.size.numel() for grid in pictures.grids))
         return (hidden, *rest), pictures.arguments(number, hidden, kwargs)
 
     def _after_projector(self, projector: nn.Module, args: tuple, features: Tensor) -> Tensor:
@@ -1036,7 +1092,7 @@ class Merger(Hook):
 
 # ==== 6. Families ===========================================================================================
 #
-# What differs between models is where their parts are, and how large a picture is in image tokens. A family
+# What differs between models is where their parts are, and how many patches make an image token. A family
 # whose encoder has tiles of one size and a config like these needs a name in PARTS, maybe one in PREFIX; then
 # a row in FAMILIES of test_luvc.py, and it gets all tests that the others have.
 
@@ -1051,10 +1107,10 @@ class Family:
     """Encoder channels -> LLM channels, one row per image token. (DeepStack: several.)"""
     blocks: Sequence[nn.Module]
     """Of the encoder, up to the one whose output is taken."""
-    side: tuple[int, int] | None = None
-    """Image tokens of a picture or tile, H and W; None: pictures of any size in one sequence."""
-    unit: int = 1
-    """An image token is unit x unit patches."""
+    patch_size: tuple[int, int] | None = None
+    """Pixels of a patch, height and width; None: pictures of any size in one sequence."""
+    per_side: int = 1
+    """An image token is per_side x per_side patches."""
     prefix: int = 0
     """Tokens in front of the grid inside the encoder (CLS)."""
     prefix_tokens: int = 0
@@ -1081,7 +1137,7 @@ def family_of(model: nn.Module) -> Family:
     vision, projector = (model.base_model.get_submodule(name) for name in PARTS[kind])
     if kind.startswith("qwen"):
         projectors = [projector, *getattr(vision, "deepstack_merger_list", ())]
-        return Family(vision, projectors, vision.blocks, unit=config.vision_config.spatial_merge_size)
+        return Family(vision, projectors, vision.blocks, per_side=config.vision_config.spatial_merge_size)
     tower, layer = config.vision_config, getattr(config, "vision_feature_layer", -1)
     strategy = getattr(config, "vision_feature_select_strategy", "full")  # "default" cuts off the first token
     layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
@@ -1091,12 +1147,12 @@ def family_of(model: nn.Module) -> Family:
         raise ValueError(f"{got}: use one of {sorted(PREFIX)}, a single layer, 'full' if there is no CLS")
     encoder = getattr(vision, "vision_model", vision).encoder
     blocks = encoder.layers if hasattr(encoder, "layers") else encoder.layer
-    # A pixel shuffle makes an image token of unit x unit patches.
-    unit = getattr(config, "scale_factor", None) or round(1 / getattr(config, "downsample_ratio", 1))
-    # Sizes are a number for both axes, or two.
-    side = torch.tensor(tower.image_size) // torch.tensor(tower.patch_size) // unit
-    blocks, to_llm = blocks[: layer % (len(blocks) + 1)], prefix if strategy == "full" else 0
-    return Family(vision, [projector], blocks, tuple(side.expand(2).tolist()), unit, prefix, to_llm)
+    blocks = blocks[: layer % (len(blocks) + 1)]
+    # A pixel shuffle makes an image token of per_side x per_side patches.
+    per_side = getattr(config, "scale_factor", None) or round(1 / getattr(config, "downsample_ratio", 1))
+    patch = tower.patch_size if isinstance(tower.patch_size, Sequence) else (tower.patch_size,) * 2
+    to_llm = prefix if strategy == "full" else 0
+    return Family(vision, [projector], blocks, tuple(patch), per_side, prefix, to_llm)
 
 
 def attention_of(block: nn.Module) -> nn.Module:
@@ -1127,30 +1183,49 @@ class LUVC(Hook):
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
         super().__init__(model)
         self.merger = Merger(self.model, config)
-        self.pruner = Pruner(self.model, config, merged=config.vision_keep < 1)
+        self.pruner = Pruner(self.model, config, None if self.merger.off else find_copies)
         self.family = self.merger.family
 
     def hook(self) -> None:
-        if self.pruner.merged or min(self.pruner.fractions) < 1:
+        if not self.merger.off or min(self.pruner.fractions) < 1:
             self.enter_context(self.pruner)
-        if self.pruner.merged:
+        if not self.merger.off:
             self.enter_context(self.merger)
+        self.replaced = self.pruner.replaced + self.merger.replaced  # what `detach` checks, before it begins
+
+    def _latest(self, hook: Hook):
+        if hook.latest is None:
+            raise ValueError("nothing happened yet: call the model with a picture while LUVC is attached")
+        return hook.latest
 
     @property
     def kept(self) -> list[list[Tensor]]:
         """`kept[layer][sample]`: positions that a decoder layer processed in the latest prefill, 1-D int64.
 
-        Ascending, counted from the beginning of the KV cache, without padding.
+        Ascending, counted from the beginning of the KV cache, without padding. ValueError before a prefill.
         """
-        prompt = self.pruner.latest
+        prompt = self._latest(self.pruner)
         return [[row.nonzero()[:, 0] + prompt.start for row in size] for size in prompt.layers]
 
     @property
     def sizes(self) -> list[list[Tensor]]:
         """`sizes[layer][sample]`: what each position of `kept` stands for, 1-D float32; text 1."""
-        return [[row[row > 0] for row in size] for size in self.pruner.latest.layers]
+        return [[row[row > 0] for row in size] for size in self._latest(self.pruner).layers]
 
     @property
     def groups(self) -> list[Tensor]:
         """For each picture, tile or frame encoded last: (H * W,) int64, the merged token of each place."""
-        return [token for grid in self.merger.latest.grids for token in grid.token]
+        return [token for grid in self._latest(self.merger).grids for token in grid.token]
+
+    def report(self) -> str:
+        """Tokens per encoder block and decoder layer in the latest prefill, summed over the batch, as text."""
+        prompt, pictures, lines = self._latest(self.pruner), self.merger.latest, []
+        text, layers = sum(prompt.text_lengths), len(prompt.layers)
+        image = [int((size > 0).sum()) - text for size in prompt.layers]
+        plain = int(prompt.delivered.sum()) - text
+        if pictures is not None:
+            first = len(self.family.blocks) - len(pictures.tokens)  # blocks before the first merge
+            tokens = [sum(grid.token.numel() for grid in pictures.grids)] * first + pictures.tokens
+            lines.append(f"image tokens per encoder block: {', '.join(map(str, tokens))}")
+        lines.append(f"image tokens per decoder layer, of {plain}: {', '.join(map(str, image))}")
+        return "\n".join([*lines, f"image token-layers left: {sum(image) / max(1, plain * layers):.1%}"])
