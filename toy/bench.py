@@ -16,6 +16,7 @@ events mark where the parts begin and end, so that the host never waits.
     LLM          the decoder's forward call: from the embedded prompt to the last hidden states
     prefill      the whole call, up to the logits of the first new word
     own code     what LUVC adds around the model's own blocks and layers, see `time_prefill`
+    operations   of torch, in a prefill: calls of a kernel or of a view, whatever their sizes
     per token    after the prefill, averaged over so many greedy steps with a growing KV cache
 """
 
@@ -36,10 +37,12 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from luvc import CACHE, EXTRA, LUVC, LUVCConfig, family_of, load, merge_axis
+from luvc import CACHE, EXTRA, LUVC, LUVCConfig, family_of, merge_axis  # noqa: E402
+from toy.ask import flops_left, fractions, in_one_line, kv_bytes, load  # noqa: E402
 
 DEFAULT, WARM = LUVCConfig(), 2  # WARM: rounds that are not counted
 
@@ -101,7 +104,7 @@ def build(name, device, dtype, attn="sdpa", layers=None):
 
 
 def make_inputs(model, tokens, batch=1, text=64):
-    """(inputs of a prefill with about `tokens` visual tokens per sample, their true number).
+    """(inputs of a prefill with about `tokens` image tokens per sample, their true number).
 
     Where pictures have a fixed size there are as many as come nearest, else there is one, nearly square. Half
     of the text stands before the pictures and half behind.
@@ -111,17 +114,18 @@ def make_inputs(model, tokens, batch=1, text=64):
     family, vision, kind = family_of(model), model.config.vision_config, model.config.model_type
     device, inputs, placeholder = model.device, {}, model.config.image_token_id
     on_device = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
-    if family.side is None:  # Qwen: all patches of all pictures in one row, each flattened
+    if family.patch_size is None:  # Qwen: all patches of all pictures in one row, each flattened
         H = max(1, round(math.sqrt(tokens)))
         W = max(1, round(tokens / H))
         tokens, patch = H * W, 3 * vision.temporal_patch_size * vision.patch_size**2
-        shape, grid = (batch * tokens * family.unit**2, patch), [1, H * family.unit, W * family.unit]
+        side = family.per_side  # patches along a side of an image token
+        shape, grid = (batch * tokens * side**2, patch), [1, H * side, W * side]
         inputs["image_grid_thw"] = torch.tensor([grid] * batch, device=device)
     elif kind in ("llava", "internvl"):
-        slots = family.prefix_slots + math.prod(family.side)
-        tiles = max(1, round(tokens / slots))
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-        tokens, shape = tiles * slots, (batch * tiles, 3, side, side)
+        each = family.prefix_tokens + (side // family.patch_size[0] // family.per_side) ** 2
+        tiles = max(1, round(tokens / each))
+        tokens, shape = tiles * each, (batch * tiles, 3, side, side)
     else:
         raise ValueError(f"no inputs can be made up for {kind!r}; use a llava, internvl or Qwen VL model")
     inputs["pixel_values"] = torch.randn(shape, dtype=model.dtype, **on_device)
@@ -129,7 +133,7 @@ def make_inputs(model, tokens, batch=1, text=64):
     picture = torch.full((batch, tokens), placeholder, device=device)
     ids = torch.cat([words[:, : text // 2], picture, words[:, text // 2 :]], dim=1)
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family.side is None:
+    if family.patch_size is None:
         inputs["mm_token_type_ids"] = (ids == placeholder).int()
     return inputs, tokens
 
@@ -185,7 +189,7 @@ def watched(model):
     """
     family, decoder, clock, begun = family_of(model), model.get_decoder(), Clock(model.device), []
     inside = [(layer, "forward", "layers") for layer in decoder.layers]
-    inside += [(m, "forward", "blocks") for m in (*family.blocks, family.projector, *family.deepstack)]
+    inside += [(m, "forward", "blocks") for m in (*family.blocks, *family.projectors)]
     inside += [(model.base_model, "get_image_features", "encoder")]
     before = decoder.register_forward_pre_hook(lambda *_: begun.append(clock.mark()), prepend=True)
     after = decoder.register_forward_hook(lambda *_: clock.spans["llm"].append((begun.pop(), clock.mark())))
@@ -206,6 +210,16 @@ def spread(values):
     return [statistics.median(values), min(values), max(values)]
 
 
+class Operations(TorchDispatchMode):
+    """`with Operations() as counted: ...`: counted.number operations of torch."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.number += 1
+        return operation(*args, **(kwargs or {}))
+
+
 @torch.inference_mode()
 def time_prefill(model, inputs, config=DEFAULT, repeats=9):
     """Whole prefills, plain and LUVC in turns.
@@ -217,31 +231,35 @@ def time_prefill(model, inputs, config=DEFAULT, repeats=9):
 
     Returns:
         a dict. `plain` and `luvc`: milliseconds of `encoder`, `llm` and `prefill`, each [median, smallest,
-        largest]; `ratio`: plain / LUVC of the medians; `predicted`: that of the LLM by `Report.flops_left`,
+        largest]; `ratio`: plain / LUVC of the medians; `predicted`: that of the LLM by `flops_left`,
         and `reached`, the fraction of it; `own`, `own_encoder` and `own_llm`: milliseconds as above;
-        `kv_bytes`: of `plain` and `luvc`, after the prefill.
+        `kv_bytes` after a prefill, and `operations` in it: of `plain` and `luvc`.
+    Raises: ValueError for a config that switches everything off.
     """
-    methods = {"plain": None, "luvc": LUVC(model, config)}
-    runs = {name: [] for name in methods}
+    methods, parts = {"plain": None, "luvc": LUVC(model, config)}, ("encoder", "llm", "prefill")
+    runs, stored, operations = {name: [] for name in methods}, {}, {}
+    prefill = functools.partial(model, **inputs, use_cache=True, logits_to_keep=1)
     with watched(model) as clock:
         for name in list(methods) * (WARM + repeats):
             with methods[name] or contextlib.nullcontext():
-                clock.watch(model, "prefill")(**inputs, use_cache=True, logits_to_keep=1)
+                clock.watch(prefill, "prefill")()
                 runs[name].append(clock.read())
+    for name, method in methods.items():
+        with method or contextlib.nullcontext(), Operations() as counted:
+            stored[name] = kv_bytes(prefill()[CACHE])
+        operations[name] = counted.number
     plain, luvc = (run[WARM:] for run in runs.values())
-    report, parts = methods["luvc"].report(), ("encoder", "llm", "prefill")
-    answer = {"plain": plain, "luvc": luvc}
+    answer, left = {"plain": plain, "luvc": luvc}, flops_left(methods["luvc"], inputs)
     answer = {name: {part: spread(r[part] for r in run) for part in parts} for name, run in answer.items()}
     ratio = {part: answer["plain"][part][0] / (answer["luvc"][part][0] or 1) for part in parts}
-    answer |= {"ratio": ratio, "reached": ratio["llm"] * report.flops_left}
-    answer |= {"predicted": 1 / report.flops_left}
+    answer |= {"ratio": ratio, "predicted": 1 / left, "reached": ratio["llm"] * left}
     encoder, llm = (
         [(b[whole] - b[part]) - (a[whole] - a[part]) for a, b in zip(plain, luvc, strict=True)]
         for whole, part in (("encoder", "blocks"), ("llm", "layers"))
     )
     answer |= {"own": spread(map(sum, zip(encoder, llm, strict=True)))}
     answer |= {"own_encoder": spread(encoder), "own_llm": spread(llm)}
-    return answer | {"kv_bytes": {"plain": report.kv_bytes_full, "luvc": report.kv_bytes}}
+    return answer | {"kv_bytes": stored, "operations": operations}
 
 
 @torch.inference_mode()
@@ -416,6 +434,7 @@ def cells(row):
             share = row[part][0] / row["luvc"]["prefill"][0]
             cell[title] = f"{ms(row[part])} ms, {share:.1%} of the prefill"
         cell["KV cache after the prefill"] = mebibytes(row["kv_bytes"])
+        cell["operations of torch"] = "{plain:,} -> {luvc:,}".format(**row["operations"])
     if "per_token" in row:
         for count, times in row["per_token"].items():
             cell[f"per token, {count:,} new ones"] = both(times["plain"], times["luvc"])
@@ -487,10 +506,6 @@ def parse_arguments():
     def wholes(text):
         return [whole(part) for part in text.split(",")]
 
-    def fractions(text):
-        numbers = [float(part) for part in text.split(",")]
-        return numbers if len(numbers) > 1 else numbers[0]
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("--model", default="toy", help="checkpoint folder (default: the toy)")
@@ -499,7 +514,7 @@ def parse_arguments():
     add(
         "--attention", action="store_true", help="what sizes cost in attention, heads as in --shape; no model"
     )
-    add("--tokens", type=wholes, default=[576, 1152], metavar="N,...", help="visual, per sample")
+    add("--tokens", type=wholes, default=[576, 1152], metavar="N,...", help="of images, per sample")
     add("--batch", type=whole, default=1, metavar="N")
     add("--text", type=whole, default=64, metavar="N", help="text tokens (default %(default)s)")
     add("--new-tokens", type=wholes, default=[128, 1024], metavar="N,...", help="(default 128,1024)")
@@ -528,16 +543,10 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if args.flash else contextlib.nullcontext():
-            result = measure(args)
-    except (ValueError, OSError, ImportError, RuntimeError, AssertionError) as error:  # what loading raises
-        print(f"bench.py: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return 2
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if args.flash else contextlib.nullcontext():
+        result = measure(args)
     print(json.dumps(result) if args.json else table(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_one_line(main))
