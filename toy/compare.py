@@ -5,12 +5,12 @@
     python toy/compare.py --growing       # where it hurts: more and more compression, by kind of question
 
 right           share of the questions answered right, word for word
-against LUVC    points more or less than LUVC with its defaults, in the same scenes
+against LUVC    points more or less than LUVC with its defaults, on the same questions
 count, number   right among the questions of that kind: how many, reading numbers; two pictures (pair); the rest
 same answer     share of the answers equal to the plain model's
 KL              divergence of the next word's distribution from the plain model's, in nats, averaged over the
                 words of the plain answer up to the first that differs, and over the questions
-left            of all visual tokens times all layers of the LLM, what is processed
+left            token-layers: of all image tokens times all layers of the LLM, what is processed
 
 In brackets: 95 % intervals, from a bootstrap over scenes. All kinds of questions one by one go to stderr.
 
@@ -20,7 +20,6 @@ each question about it. (Attention-ranked tokens do depend on it: there each que
 
 import argparse
 import contextlib
-import copy
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -34,7 +33,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from luvc import CACHE, LUVC, LUVCConfig, PrunedLayer, family_of, load, low_pass  # noqa: E402
+from luvc import CACHE, LUVC, LUVCConfig, low_pass  # noqa: E402
+from toy.ask import load  # noqa: E402
 from toy.make import draw_pair, draw_sample, prompt_of  # noqa: E402
 
 # ---- Other ways to choose and to merge, with the contracts of `LUVCConfig.prune` and `LUVCConfig.merge` --------
@@ -78,11 +78,11 @@ def pool_axis(x, size, keep, axis):
 
 
 class AttentionRanked:
-    """FastV's rule: keep what the last text token attends to most in the layer before, averaged over the heads.
+    """FastV's rule (arXiv 2403.06764): keep what the last text token attends to most in the layer before, averaged over the heads.
 
     Attention weights have to be seen for that, so the model must run "eager" attention, which writes them out.
     A hook takes them from each layer. It knows where pictures are because the questions of a batch are equally
-    long: nothing is padded, and a layer's positions are text and visual tokens in the order of the prompt.
+    long: nothing is padded, and a layer's positions are text and image tokens in the order of the prompt.
     """
 
     def __init__(self, model):
@@ -108,17 +108,6 @@ class AttentionRanked:
         return seen.topk(keep, dim=1).indices.sort(dim=1).values
 
 
-def downsampled(model, side):
-    """The model with an encoder for pictures of side x side patches: its position embeddings are interpolated."""
-    model = copy.deepcopy(model)
-    vision = family_of(model).vision
-    table = getattr(vision, "vision_model", vision).embeddings
-    forward = table.forward
-    table.forward = lambda pixels, **_: forward(pixels, interpolate_pos_encoding=True)
-    model.config.vision_config.image_size = side * model.config.vision_config.patch_size
-    return model
-
-
 @dataclass
 class Method:
     """One row of the table."""
@@ -129,36 +118,42 @@ class Method:
     ranked: bool = False  # by attention
 
 
-QUARTER, PRUNED = {"llm_keep": 1.0, "vision_keep": 0.28125}, {"vision_keep": 1.0}
-METHODS = [
-    Method("plain"),
-    Method("LUVC: OIM and SPU, the defaults", LUVCConfig()),
-    Method("in place of the SPU: evenly spread", LUVCConfig(prune=even_tokens)),
-    *[Method(f"- random, seed {seed}", LUVCConfig(prune=random_tokens(seed))) for seed in range(3)],
-    Method("- the SPU reversed (keeps what is smooth)", LUVCConfig(prune=smooth_tokens)),
-    Method("- ranked by the last word's attention", LUVCConfig(), ranked=True),
-    Method("in place of the OIM: average pooling", LUVCConfig(merge=pool_axis)),
-    Method("LUVC without token sizes", LUVCConfig(sizes=False)),
-    Method("SPU alone", LUVCConfig(**PRUNED)),
-    Method("OIM alone", LUVCConfig(llm_keep=1.0)),
-    Method("OIM alone, vision_keep 0.28", LUVCConfig(**QUARTER)),
-    Method("average pooling alone, vision_keep 0.28", LUVCConfig(**QUARTER, merge=pool_axis)),
-    Method("a smaller picture, 13 x 13 patches", side=13),
-]
+def falling(first, last, layers):
+    """A schedule for `llm_keep`: evenly from first to last over all layers but the last one, which keeps none."""
+    return [*(first + (last - first) * n / (layers - 2) for n in range(layers - 1)), 0.0]
+
+
+def methods_of(layers):
+    """The rows of the table. What merges alone, or makes the picture smaller, keeps a few more tokens than LUVC."""
+    merger, third = {"llm_keep": 1.0, "vision_keep": 0.44}, falling(2 / 3, 1 / 3, layers)
+    return [
+        Method("plain"),
+        Method("LUVC: OIM and SPU, the defaults (2x)", LUVCConfig()),
+        Method("LUVC, 3x", LUVCConfig(vision_keep=0.5625, llm_keep=third)),
+        Method("in place of the SPU: evenly spread", LUVCConfig(prune=even_tokens)),
+        *[Method(f"- random, seed {seed}", LUVCConfig(prune=random_tokens(seed))) for seed in range(3)],
+        Method("- the SPU reversed (keeps what is smooth)", LUVCConfig(prune=smooth_tokens)),
+        Method("- ranked by the last word's attention", LUVCConfig(), ranked=True),
+        Method("in place of the OIM: average pooling", LUVCConfig(merge=pool_axis)),
+        Method("LUVC without sizes", LUVCConfig(sizes=False)),
+        Method("SPU alone", LUVCConfig(vision_keep=1.0)),
+        Method("OIM alone", LUVCConfig(llm_keep=1.0)),
+        Method("OIM alone, to 16 x 16", LUVCConfig(**merger)),
+        Method("average pooling alone, to 16 x 16", LUVCConfig(**merger, merge=pool_axis)),
+        Method("a smaller picture, 16 x 16 patches", side=16),
+    ]
 
 
 def growing(layers):
-    """Methods for `--growing`: the merger from off to a quarter; the pruner off, by default, and squared: layer l of L
-    keeps (1 - l / (L - 1)) ** 2 of the tokens."""
-    steep = [(1 - layer / (layers - 1)) ** 2 for layer in range(layers)]
-    schedules = {"pruner off": 1.0, "pruner default": None, "pruner squared": steep}
-    methods = METHODS[:2]
+    """The rows of `--growing`: the merger from off to a quarter, with the pruner off, at 2x, and at 3x."""
+    schedules = {"off": 1.0, "0.8 to 0.4": None, "2/3 to 1/3": falling(2 / 3, 1 / 3, layers)}
+    rows = methods_of(layers)[:2]
     for name, schedule in schedules.items():
         for keep in (1.0, 0.75, 0.5625, 0.36, 0.25):
-            if (keep, schedule) not in ((1.0, 1.0), (0.5625, None)):  # plain and LUVC stand there already
+            if (keep, schedule) not in ((1.0, 1.0), (0.75, None)):  # plain and the defaults stand there already
                 config = LUVCConfig(vision_keep=keep, llm_keep=schedule)
-                methods.append(Method(f"vision_keep {keep}, {name}", config))
-    return methods
+                rows.append(Method(f"vision_keep {keep}, llm_keep {name}", config))
+    return rows
 
 
 # ---- Questions and answers ---------------------------------------------------------------------------------
@@ -188,14 +183,22 @@ def held_out(processor, scenes, pairs, first=0):
 WORDS = 3  # of an answer, </s> counted
 
 
-def go_on(model, cache, read, rows, pad, words):
-    """Greedy words behind `rows` of ids (Q of them), each of which goes on from a row of a KV cache that has read as
-    many positions: (tokens (Q, words), log-probabilities (Q, words, vocabulary))."""
+def image_left(luvc, ids):
+    """The share of the token-layers (image tokens times layers) that is left in a prefill of ids (B, S)."""
+    image, kept = ids == luvc.model.config.image_token_id, luvc.kept
+    left = sum(int(row[index].sum()) for layer in kept for row, index in zip(image, layer, strict=True))
+    return left / (int(image.sum()) * len(kept))
+
+
+def go_on(model, cache, read, rows, pad, words, hide=0):
+    """Greedy words behind `rows` of ids (Q of them), each of which goes on from a row of a KV cache that has read
+    `read` positions and then `hide` more, which are hidden: (tokens (Q, words), log-probabilities (Q, words,
+    vocabulary))."""
     S = max(map(len, rows))
     ids = torch.tensor([[pad] * (S - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in rows])
     position = (read + mask.cumsum(1) - 1) * mask
-    mask = nn.functional.pad(mask, (read, 0), value=1)
+    mask = nn.functional.pad(nn.functional.pad(mask, (hide, 0)), (read, 0), value=1)
     ask = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "logits_to_keep": 1}
     out = model(**ask, **{CACHE: cache}, use_cache=True)
     return further(model, out, mask, position[:, -1:], words)
@@ -229,51 +232,44 @@ class Asker:
 
     def __init__(self, model, processor, method):
         self.tokenizer, self.method, self.model = processor.tokenizer, method, model
-        if method.side != 24:
-            self.model = downsampled(model, method.side)
-        self.image, self.slots = self.model.config.image_token_id, method.side**2
-        config, self.rank = method.config, AttentionRanked(self.model) if method.ranked else None
+        self.image = model.config.image_token_id
+        config, self.rank = method.config, AttentionRanked(model) if method.ranked else None
         if self.rank:  # the first layer keeps all: no layer before it attends to anything
             fractions = config.fractions(len(self.rank.layers))
             config = replace(config, prune=self.rank, llm_keep=(1.0, *fractions[1:]))
-        self.luvc = LUVC(self.model, config) if config else None
+        self.luvc = LUVC(model, config) if config else None
         self.left = []  # token-layers left, one number per batch
 
     def encode(self, question, pictures):
         """A prompt as ids, in two parts: up to the last placeholder, and behind it."""
         ids = []
         for token in self.tokenizer(prompt_of(question, pictures))["input_ids"]:
-            ids += [token] * (self.slots if token == self.image else 1)
+            ids += [token] * (self.method.side**2 if token == self.image else 1)
         end = len(ids) - ids[::-1].index(self.image)
         return ids[:end], ids[end:]
 
     def read(self, scenes, rows):
         """Prefill of prompts, `rows` of ids, about the pictures of scenes."""
-        pixels = torch.cat([scene.pixels for scene in scenes])
+        pixels, ids = torch.cat([scene.pixels for scene in scenes]), torch.tensor(rows)
         if self.method.side != 24:
             side = self.method.side * self.model.config.vision_config.patch_size
             pixels = nn.functional.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
-        out = self.model(input_ids=torch.tensor(rows), pixel_values=pixels, use_cache=True, logits_to_keep=1)
+        smaller = {"interpolate_pos_encoding": True} if self.method.side != 24 else {}
+        out = self.model(input_ids=ids, pixel_values=pixels, use_cache=True, logits_to_keep=1, **smaller)
         if self.luvc:
-            report = self.luvc.report()
-            share = sum(report.visual_tokens) / (report.visual_full * len(report.visual_tokens))
-            self.left.append((share, len(scenes)))
+            self.left.append((image_left(self.luvc, ids), len(scenes)))
         return out
 
     def ask(self, scenes):
         """All questions about scenes with equally many pictures, each picture read once."""
         pictures, word = len(scenes[0].pixels), self.tokenizer.convert_tokens_to_ids("what")
         prefix, _ = self.encode("", pictures)
-        out = self.read(scenes, [[*prefix, word]] * len(scenes))  # no prompt may end with a picture ...
+        # No prompt may end with a picture: a word follows it, which the questions do not see.
+        cache = self.read(scenes, [[*prefix, word]] * len(scenes))[CACHE]
         owner = torch.tensor([number for number, scene in enumerate(scenes) for _ in scene.asked])
-        for layer in out[CACHE].layers:  # ... so forget that word, and copy the cache for each question
-            layer.batch_select_indices(owner)
-            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
-            if isinstance(layer, PrunedLayer):
-                layer.seen -= 1
-                layer.shown = None if layer.shown is None else layer.shown[:, :-1]
+        cache.batch_select_indices(owner)  # a copy for each question
         behind = [self.encode(question, pictures)[1] for scene in scenes for _, question, _ in scene.asked]
-        return go_on(self.model, out[CACHE], len(prefix), behind, self.tokenizer.pad_token_id, WORDS)
+        return go_on(self.model, cache, len(prefix), behind, self.tokenizer.pad_token_id, WORDS, hide=1)
 
     def ask_each(self, scenes):
         """The same, each question with a prefill of its own."""
@@ -369,8 +365,9 @@ def bootstrap(scenes, values, rounds=2000, seed=0):
     return total.sum() / number.sum(), *np.quantile(means, [0.025, 0.975])
 
 
-def table(scenes, rows, luvc=METHODS[1].name):
-    """Markdown, one line per method."""
+def table(scenes, rows, luvc=None):
+    """Markdown, one line per method; luvc: the name of the one that the others are held against, or the second."""
+    luvc = luvc or [*rows][1]
     kinds = [kind for scene in scenes for kind, _, _ in scene.asked]
     columns = {kind: np.array([k == kind for k in kinds]) for kind in ("count", "number", "pair")}
     columns["the rest"] = ~np.any(list(columns.values()), axis=0)
@@ -420,7 +417,7 @@ def main():
     (model, processor), (eager, _) = (load(args.model, "cpu", "float32", a) for a in ("sdpa", "eager"))
     pairs = args.scenes // 2 if args.pairs is None else args.pairs
     scenes = held_out(processor, args.scenes, pairs, args.first)
-    methods = growing(len(model.get_decoder().layers)) if args.growing else METHODS
+    methods = (growing if args.growing else methods_of)(len(model.get_decoder().layers))
     rows = measure(model, processor, scenes, methods, eager, args.store, args.batch)
     rows = {method.name: rows[method.name] for method in methods}
     asked = sum(len(scene.asked) for scene in scenes)
