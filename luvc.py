@@ -45,7 +45,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 
 import torch
@@ -361,7 +361,7 @@ class Hook(contextlib.ExitStack):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
-        self.replaced: list[tuple[nn.Module, str, object]] = []
+        self.replaced: dict[tuple[nn.Module, str], object] = {}  # (module, attribute): what it is now
 
     def attach(self):
         """Put the hooks in; returns self. Raises: ValueError, with the model as it was."""
@@ -379,11 +379,11 @@ class Hook(contextlib.ExitStack):
 
         Raises: ValueError if something else was put on top, since that would be lost; nothing changes.
         """
-        for module, name, new in self.replaced:
+        for (module, name), new in self.replaced.items():
             if module.__dict__.get(name) is not new:
                 what = f"{type(module).__name__}.{name} was replaced after attach(), by accelerate perhaps"
                 raise ValueError(f"{what}; undo that before detach(), and attach LUVC last")
-        self.replaced = []
+        self.replaced = {}
         return super().__exit__(*exception)
 
     __enter__, detach = attach, contextlib.ExitStack.close  # which calls __exit__
@@ -396,7 +396,7 @@ class Hook(contextlib.ExitStack):
         else:
             self.callback(attributes.pop, name)
         attributes[name] = new
-        self.replaced.append((module, name, new))
+        self.replaced[module, name] = new
 
     def occupy(self, module: nn.Module) -> None:
         """Claim an encoder or an LLM. Raises: ValueError if another hook has it; models may share modules."""
@@ -416,7 +416,7 @@ def move(device: torch.device, *holders) -> None:
                 setattr(holder, name, value.to(device))
 
 
-# Proportional attention is ToMe's (arXiv 2210.09461); that it goes on inside the LLM is our choice. A token of
+# Proportional attention is ToMe's (arXiv 2210.09461); to go on with it in the LLM is our choice. A token of
 # size s stands for s tokens, so a query has to meet its key s times: softmax(q . k * scale + log s). A bias
 # would need a mask, and with a mask flash kernels do not run. But the sum fits into the product, as one more
 # channel of every head:
@@ -711,11 +711,9 @@ class Pruner(Hook):
         given, config = {name for name, value in encoded.items() if value is not None}, self.model.config
         kinds = [config.image_token_id] if given & {"pixel_values", "image_hidden_states", "image"} else []
         kinds += [config.video_token_id] if given & {"pixel_values_videos", "video"} else []
-        token = CALL.set((args[0] if args else kwargs.get("input_ids"), kinds))
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            CALL.reset(token)
+        context = copy_context()  # what is noted in it ends with this call
+        context.run(CALL.set, (args[0] if args else kwargs.get("input_ids"), kinds))
+        return context.run(plain, *args, **kwargs)
 
     def _run_decoder(self, plain: Callable, *args, **kwargs):
         """Find the pictures, let the KV cache count logical positions; then the LLM's own forward."""
@@ -979,20 +977,22 @@ class Packed(Tiles):
 # A copy is told by its number, not by being equal: two pictures may be equal, too, or the blank parts of one,
 # and then it is a matter of rounding whether their rows are. The number of a merged token stands in its first
 # 32 channels, one binary digit in the last bit of each, behind a mark by which other rows (LLaVA-NeXT's
-# newlines) are told from it. The last bit as bfloat16 has it, so that a change of dtype on the way to the LLM
-# leaves it in place; for 32 of thousands of channels that is exact enough.
+# newlines) are told from it. That changes a channel by one unit in the last place at most, which no model
+# notices.
 DIGITS, MARK = 32, 0x5EED
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # of as many bytes as a float
 
 
 def number_rows(x: Tensor) -> Tensor:
-    """Write mark and number (modulo 2^16) of each row of x (..., C), C >= 32, into its first channels.
+    """Write mark and number (modulo 2^16) of each row of x (..., C), C >= 32, into the last bits of x.
 
-    Returns: x with these channels in bfloat16's precision. Source: our choice.
+    Source: our choice.
     """
     number = torch.arange(x[..., 0].numel(), device=x.device).view(*x.shape[:-1], 1) % 2**16 + (MARK << 16)
     digits = number >> torch.arange(DIGITS, device=x.device) & 1
-    bits = x[..., :DIGITS].bfloat16().view(torch.int16) & ~1 | digits.to(torch.int16)
-    return torch.cat([bits.view(torch.bfloat16).to(x.dtype), x[..., DIGITS:]], dim=-1)
+    bits = x[..., :DIGITS].contiguous().view(INTEGERS[x.element_size()])
+    numbered = torch.cat([(bits & ~1 | digits.to(bits.dtype)).view(x.dtype), x[..., DIGITS:]], dim=-1)
+    return x + (numbered - x).detach()  # exactly `numbered`, with the gradients of x
 
 
 def find_copies(rows: Tensor, run: Tensor) -> tuple[Tensor, Tensor]:
@@ -1003,7 +1003,7 @@ def find_copies(rows: Tensor, run: Tensor) -> tuple[Tensor, Tensor]:
         (of an even number the first of the two middle ones). A row that something changed stands for itself.
     Source: our choice.
     """
-    bits = rows[:, :DIGITS].bfloat16().view(torch.int16).long() & 1
+    bits = rows[:, :DIGITS].contiguous().view(INTEGERS[rows.element_size()]).long() & 1
     number = (bits << torch.arange(DIGITS, device=rows.device)).sum(-1).cpu()
     alone = ~torch.arange(len(rows))  # -1, -2, ...
     token = torch.where(number >> 16 == MARK, (run << 16) + number % 2**16, alone)
@@ -1042,7 +1042,9 @@ class Merger(Hook):
         family, base = self.family, self.model.base_model
         self.occupy(family.vision)
         self.callback(PICTURES.set, None)  # nothing of the model outlives the hook
-        self.replace(base, "forward", functools.partial(self._run_model, base.forward))
+        # A call within a call leaves the pictures of the outer one as they were.
+        plain = base.forward
+        self.replace(base, "forward", lambda *args, **kwargs: copy_context().run(plain, *args, **kwargs))
         self.callback(family.vision.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         # Blocks before the first merge run as they are; the others get what fits fewer tokens.
         for number, block in enumerate(family.blocks):
@@ -1053,14 +1055,6 @@ class Merger(Hook):
                     weigh_keys(self, attention_of(block), lambda: PICTURES.get().channels)
         for projector in family.projectors:
             self.callback(projector.register_forward_hook(self._after_projector).remove)
-
-    def _run_model(self, plain: Callable, *args, **kwargs):
-        """The model's own forward; a call within a call leaves the pictures of the outer one as they were."""
-        outer = PICTURES.get()
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            PICTURES.set(outer)
 
     def _begin(self, vision: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the encoder: how many pictures are there, and how large are they?"""
@@ -1087,6 +1081,7 @@ class Merger(Hook):
 
     def _after_projector(self, projector: nn.Module, args: tuple, features: Tensor) -> Tensor:
         """Forward hook of a projector."""
+        features = features.to(self.model.get_input_embeddings().weight.dtype)  # as the model does next
         return PICTURES.get().copies(number_rows(features))
 
 
@@ -1191,7 +1186,7 @@ class LUVC(Hook):
             self.enter_context(self.pruner)
         if not self.merger.off:
             self.enter_context(self.merger)
-        self.replaced = self.pruner.replaced + self.merger.replaced  # what `detach` checks, before it begins
+        self.replaced = self.pruner.replaced | self.merger.replaced  # what `detach` checks, before it begins
 
     def _latest(self, hook: Hook):
         if hook.latest is None:
@@ -1218,7 +1213,7 @@ class LUVC(Hook):
         return [token for grid in self._latest(self.merger).grids for token in grid.token]
 
     def report(self) -> str:
-        """Tokens per encoder block and decoder layer in the latest prefill, summed over the batch, as text."""
+        """Tokens per encoder block and decoder layer in the latest prefill, summed over the batch; text."""
         prompt, pictures, lines = self._latest(self.pruner), self.merger.latest, []
         text, layers = sum(prompt.text_lengths), len(prompt.layers)
         image = [int((size > 0).sum()) - text for size in prompt.layers]
