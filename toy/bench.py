@@ -41,8 +41,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from luvc import CACHE, EXTRA, LUVC, LUVCConfig, family_of, merge_axis  # noqa: E402
-from toy.ask import flops_left, fractions, in_one_line, kv_bytes, load  # noqa: E402
+from luvc import CACHE, EXTRA, LUVC, LUVCConfig, family_of, merge_axis
+from toy.ask import flops_left, fractions, in_one_line, kv_bytes, load
 
 DEFAULT, WARM = LUVCConfig(), 2  # WARM: rounds that are not counted
 

