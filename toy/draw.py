@@ -4,8 +4,11 @@ Colours and hatches differ in grey as well. Bars on a logarithmic axis begin at 
 there and gets no bar.
 """
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Image, display
 from matplotlib.collections import EllipseCollection, LineCollection
 
 DARK, MIDDLE, LIGHT = plt.get_cmap("viridis")([0.0, 0.5, 0.85])
@@ -13,13 +16,22 @@ DARK, MIDDLE, LIGHT = plt.get_cmap("viridis")([0.0, 0.5, 0.85])
 
 def style():
     """How all figures look; called once."""
-    plt.rcParams |= {"figure.dpi": 120, "font.size": 9, "axes.titlesize": 10, "image.cmap": "viridis"}
+    plt.rcParams |= {"savefig.dpi": 120, "font.size": 9, "axes.titlesize": 10, "image.cmap": "viridis"}
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
 def figure(*size, rows=1, columns=1, **options):
     """(figure, axes) of `size` inches."""
     return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+
+
+def show(form="png"):
+    """Display the figure, as a JPEG ("jpg") where photographs would make a PNG large: notebooks keep their figures."""
+    file = io.BytesIO()
+    more = {"pil_kwargs": {"quality": 90, "subsampling": 0, "optimize": True}} if form == "jpg" else {}
+    plt.savefig(file, format=form, bbox_inches="tight", pad_inches=0.08, **more)
+    plt.close()
+    display(Image(file.getvalue(), format=form))
 
 
 # ---- Pictures, patches and tokens --------------------------------------------------------------------------
@@ -37,7 +49,7 @@ def outline(ax, groups, picture_side, width=0.7):
             lines.append([(x, y), (x, y + picture_side / H)])
         if row and groups[row, column] != groups[row - 1, column]:
             lines.append([(x, y), (x + picture_side / W, y)])
-    for colour, wide in (("black", 2.5 * width), ("white", width)):  # white on black is seen on any background
+    for colour, wide in (("black", 2.5 * width), ("white", width)):  # seen on any background
         ax.add_collection(LineCollection(lines, colors=colour, linewidths=wide))
 
 
@@ -77,7 +89,7 @@ def four_patches(photo, patches, row, column):
             if i == 0:
                 ax.set_ylabel(name)
     right.colorbar(shown, ax=right.axes, shrink=0.6, ticks=[-2, 0, 2], label="what the encoder gets")
-    plt.show()
+    show("jpg")
 
 
 def groups_and_tokens(photo, columns):
@@ -91,7 +103,7 @@ def groups_and_tokens(photo, columns):
         lower.set_title(below)
     for ax in axes.flat:
         ax.set_axis_off()
-    plt.show()
+    show("jpg")
 
 
 def encoder_blocks(picture, groups, similar):
@@ -105,11 +117,12 @@ def encoder_blocks(picture, groups, similar):
     for ax in axes.flat:
         ax.set_axis_off()
     whole.colorbar(shown, ax=axes[1], label="cosine similarity", shrink=0.8)
-    plt.show()
+    show("jpg")
 
 
 def kept_in_layers(picture, panels, columns=4, groups=None):
-    """A picture again and again, with what is kept of it. panels: (title, kept (H, W) bool); picture: one, or a list."""
+    """A picture again and again, with what is kept of it. panels: (title, kept (H, W) bool); picture: one, or one
+    for each panel."""
     rows = -(-len(panels) // columns)
     _, axes = figure(2.2 * columns, 2.5 * rows, rows=rows, columns=columns, squeeze=False)
     pictures = picture if isinstance(picture, list) else [picture] * len(panels)
@@ -118,28 +131,28 @@ def kept_in_layers(picture, panels, columns=4, groups=None):
         if groups is not None:
             outline(ax, groups, shown.width, width=0.2)
         ax.set_title(title)
-    plt.show()
+    show("jpg")
 
 
 def score_and_kept(picture, score, panels):
     """What the filter removes, as colours, and the picture with what is kept. panels: (title, kept (H, W) bool)."""
-    whole, axes = figure(9, 2.7, columns=2 + len(panels), width_ratios=[1, 1.2] + [1] * len(panels))
+    _, axes = figure(9, 2.6, columns=2 + len(panels))
     axes[0].imshow(picture)
     axes[0].set_title("the picture")
-    shown = axes[1].imshow(score)
-    axes[1].set_title("score of each token")
-    whole.colorbar(shown, ax=axes[1], shrink=0.7)
+    axes[1].imshow(score)
+    axes[1].set_title("score (bright: high)")
     for ax, (title, kept) in zip(axes[2:], panels, strict=True):
         bleached(ax, picture, kept)
         ax.set_title(title)
     for ax in axes:
         ax.set_axis_off()
-    plt.show()
+    show("jpg")
 
 
 def sizes_in_layers(picture, panels):
-    """Each token as a circle on the picture, of as many patches' area as its size. panels: (title, size (H, W) or 0)."""
-    _, axes = figure(9, 2.6, columns=len(panels))
+    """Each token as a circle on the picture, with the area of as many patches as its size. panels: (title, size (H, W),
+    0 where there is none)."""
+    _, axes = figure(9, 3.2, columns=len(panels))
     for ax, (title, size) in zip(axes, panels, strict=True):
         patch = picture.width / size.shape[1]
         ax.imshow(picture, alpha=0.6)
@@ -151,7 +164,7 @@ def sizes_in_layers(picture, panels):
         ax.add_collection(EllipseCollection(across, across, np.zeros_like(across), **where, **look))
         ax.set(xlim=(-0.5, picture.width - 0.5), ylim=(picture.height - 0.5, -0.5), title=title)
         ax.set_axis_off()
-    plt.show()
+    show("jpg")
 
 
 def parts_of(pictures, side, window):
@@ -164,7 +177,7 @@ def parts_of(pictures, side, window):
         outline(ax, groups, side, width=1)
         ax.set(xlim=(left, right), ylim=(bottom, top), title=title)
         ax.set_axis_off()
-    plt.show()
+    show()
 
 
 # ---- By hand -----------------------------------------------------------------------------------------------
@@ -188,7 +201,7 @@ def merged_by_hand(steps):
         ax.text(-0.1, 0.27 - level, f"{len(line)} left", ha="right", va="center")
     ax.set(xlim=(-0.5, 4.1), ylim=(-3.1, 0.65))
     ax.set_axis_off()
-    plt.show()
+    show()
 
 
 def filtered_by_hand(signal, waves, slow):
@@ -205,7 +218,7 @@ def filtered_by_hand(signal, waves, slow):
         look = {"marker": marker, "linestyle": line, "color": plt.get_cmap("viridis")(shade)}
         axes[1].plot(at, wave, label=name, **look)
     axes[1].set(title="the mean and two waves pass", ylim=(-1.5, 11))
-    axes[1].legend(loc="upper right", bbox_to_anchor=(1, 0.62))
+    axes[1].legend(loc="upper right")
     detail = [abs(a - b) for a, b in zip(signal, slow, strict=True)]
     best = sorted(detail)[-3]
     colours = [DARK if d >= best else "white" for d in detail]
@@ -215,7 +228,7 @@ def filtered_by_hand(signal, waves, slow):
         axes[2].text(x, d + 0.04, f"{d:.2f}", ha="center", fontsize=8)
     for ax in axes:
         ax.set(xlabel="token", xticks=at)
-    plt.show()
+    show()
 
 
 # ---- Curves and bars ---------------------------------------------------------------------------------------
@@ -231,27 +244,27 @@ def cost_of_tokens(counts, panels):
         ax.text(590, values[0], "the text\nalone", va="bottom")
         ax.text(555, 0.4 * max(values), "the picture", ha="right", backgroundcolor="white")
         ax.set(xlabel="image tokens in the sequence", title=title, ylim=(0, None), xlim=(-20, 720))
-    plt.show()
+    show()
 
 
 def spectrum(spectra, passed, row):
-    """Amplitudes over the frequency, on a logarithmic axis. spectra: {name: amplitudes}; row: tokens of a grid's row."""
+    """Amplitudes over the frequency, on a logarithmic axis. spectra: {name: amplitudes}; row: tokens of a row."""
     _, ax = figure(9, 2.8)
     looks = ({"color": LIGHT, "linewidth": 2}, {"color": DARK, "linestyle": "--", "linewidth": 1})
     for (name, values), look in zip(spectra.items(), looks, strict=True):
         ax.semilogy(values, label=name, **look)
     first = next(iter(spectra.values()))
     ax.set(ylim=(first.min() / 3, first.max() * 2), xlim=(-3, len(first) + 2))
-    ax.set(xticks=range(0, len(first), row), xlabel=f"frequency (periods per picture; ticks: multiples of {row})")
+    ax.set(xticks=range(0, len(first), row), xlabel=f"frequency: periods per picture; ticks at {row}, ...")
     ax.set_ylabel("amplitude, mean of the channels")
     ax.axvline(passed, color="black", linestyle=":")
     ax.text(passed + 2, first.max(), "cutoff", va="top")
     ax.legend(loc="upper right")
-    plt.show()
+    show()
 
 
 def position_bias(by_row):
-    """Scores by row of the sequence, as they are and rolled. by_row: {title: (scores, scores when rolled)}, (H,) each."""
+    """Scores by row of the sequence. by_row: {title: ((H,) scores of pictures as they are, (H,) of rolled ones)}."""
     _, axes = figure(9, 3, columns=len(by_row))
     for ax, (title, (old, rolled)) in zip(axes, by_row.items(), strict=True):
         ax.plot(old, "o-", color=DARK, markersize=4, label="pictures as they are")
@@ -261,7 +274,7 @@ def position_bias(by_row):
     bottom, top = axes[0].get_ylim()
     axes[0].set_ylim(bottom, 1.3 * top)  # room for the legend
     axes[0].legend(loc="upper left")
-    plt.show()
+    show()
 
 
 def kept_and_apart(picture, panels, apart, floor=1e-7):
@@ -283,7 +296,7 @@ def kept_and_apart(picture, panels, apart, floor=1e-7):
     ax.set(xscale="log", xlim=(floor, 300), yticks=range(len(apart)), yticklabels=list(apart))
     ax.invert_yaxis()
     ax.set_title("largest difference of a logit from ours")
-    plt.show()
+    show("jpg")
 
 
 def positions_per_layer(full, image_tokens, text):
@@ -296,7 +309,7 @@ def positions_per_layer(full, image_tokens, text):
     ax.bar(number + 0.2, [text] * len(image_tokens), 0.4, label="LUVC: text", **look)
     ax.set(xlabel="decoder layer", ylabel="positions processed", xticks=number, ylim=(0, 1.2 * full))
     ax.legend(loc="upper right", ncols=3)
-    plt.show()
+    show()
 
 
 def flops_over_text(texts, curves, title):
@@ -309,4 +322,4 @@ def flops_over_text(texts, curves, title):
     ax.set(ylabel="prefill FLOPs left", ylim=(0, 1.05), title=title)
     ax.minorticks_off()
     ax.legend(loc="lower right")
-    plt.show()
+    show()
