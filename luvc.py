@@ -343,8 +343,9 @@ class LUVCConfig:
         each = list(each) if isinstance(each, Sequence) else [each] * layers
         falls = each == sorted(each, reverse=True)  # a pruned token never comes back
         if len(each) != layers or not all(0 <= fraction <= 1 for fraction in each) or not falls:
-            want = f"one in [0, 1], or one for each of {layers} layers, never rising"
-            raise ValueError(f"llm_keep={self.llm_keep} must be {want}")
+            raise ValueError(
+                f"llm_keep={self.llm_keep}: one in [0, 1], or for {layers} layers as many, never rising"
+            )
         return each
 
 
@@ -381,8 +382,9 @@ class Hook(contextlib.ExitStack):
         """
         for (module, name), new in self.replaced.items():
             if module.__dict__.get(name) is not new:
-                what = f"{type(module).__name__}.{name} was replaced after attach(), by accelerate perhaps"
-                raise ValueError(f"{what}; undo that before detach(), and attach LUVC last")
+                raise ValueError(
+                    f"{type(module).__name__}.{name} was changed since attach(): undo that first"
+                )
         self.replaced = {}
         return super().__exit__(*exception)
 
@@ -436,7 +438,7 @@ def size_channels(size: Tensor) -> Tensor:
 
 def widen(x: Tensor, channels: Tensor) -> Tensor:
     """Keys, or values, (B, heads, K, D) with these channels behind them; behind values they mean nothing."""
-    return torch.cat([x, channels.to(x.dtype).expand(-1, x.shape[1], -1, -1)], dim=-1)
+    return torch.cat([x, channels.to(x).expand(-1, x.shape[1], -1, -1)], dim=-1)
 
 
 def sized_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
@@ -684,9 +686,7 @@ class Pruner(Hook):
     Raises: ValueError for a decoder that cannot be pruned, and when attached for a call that would go wrong.
     """
 
-    def __init__(
-        self, model: nn.Module, config: LUVCConfig = LUVCConfig(), find_copies: Callable | None = None
-    ):
+    def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig(), find_copies=None):
         super().__init__(model)
         self.config, self.find_copies, self.decoder = config, find_copies, self.model.get_decoder()
         self.fractions = config.fractions(len(self.decoder.layers))
@@ -694,6 +694,8 @@ class Pruner(Hook):
         check_decoder(self.decoder.config)
 
     def hook(self) -> None:
+        if min(self.fractions) == 1 and self.find_copies is None:  # nothing to do
+            return
         self.occupy(self.decoder)
         for module, run in ((self.model.base_model, self._run_model), (self.decoder, self._run_decoder)):
             self.replace(module, "forward", functools.partial(run, module.forward))
@@ -717,7 +719,7 @@ class Pruner(Hook):
 
     def _run_decoder(self, plain: Callable, *args, **kwargs):
         """Find the pictures, let the KV cache count logical positions; then the LLM's own forward."""
-        ids, kinds = args[0] if args else kwargs.get("input_ids"), []
+        ids, kinds, decoder = args[0] if args else kwargs.get("input_ids"), [], self.decoder
         if ids is None:  # else somebody calls the LLM alone, with text
             ids, kinds = CALL.get() or (None, [])
         cache = kwargs.pop("past_key_values", kwargs.get(CACHE))
@@ -730,10 +732,9 @@ class Pruner(Hook):
         here = shown[:, start:].cpu() if masked else torch.ones(B, S, dtype=torch.bool)
         size, pictures, text_lengths = shown[:, start:].float(), [], here.sum(1).tolist()
         if kinds:
-            size, pictures, text_lengths = self._find_pictures(
-                ids.cpu(), kinds, here, kwargs["inputs_embeds"]
-            )
-        cache = self._adopt(cache, kwargs.get("use_cache"))
+            size, pictures, text_lengths = self._find_pictures(ids, kinds, here, kwargs["inputs_embeds"])
+        wanted = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+        cache = adopt(cache, decoder) if cache is not None or wanted else None
         prompt = Prompt(size, pictures, text_lengths, shown, masked, self.config.sizes)
         output = plain(*args, **kwargs | {"attention_mask": None, CACHE: cache, "prompt": prompt})
         self.latest = prompt if S > 1 or kinds else self.latest
@@ -742,12 +743,12 @@ class Pruner(Hook):
     def _find_pictures(self, ids: Tensor, kinds: list, here: Tensor, embeds: Tensor) -> tuple:
         """Where are the pictures of a prompt? Runs of placeholders, each of which is a signal of its own.
 
-        Args: ids (B, S), here (B, S) bool, what is not masked, both on the host; kinds, ids of placeholders;
-            embeds (B, S, C).
+        Args: ids (B, S); kinds, ids of placeholders; here (B, S) bool on the host, what is not masked; embeds
+            (B, S, C).
         Returns: what `Prompt` wants: sizes (B, S), a list of `Pictures`, text lengths.
         Raises: ValueError if a prompt ends with a picture.
         """
-        S, device, size = ids.shape[1], embeds.device, here.float().flatten()
+        ids, S, device, size = ids.cpu(), ids.shape[1], embeds.device, here.float().flatten()
         image = torch.isin(ids, torch.tensor(kinds)) & here  # (B, S): placeholders
         last = S - 1 - here.byte().flip(1).argmax(1)
         if image.gather(1, last[:, None]).any():
@@ -766,21 +767,19 @@ class Pruner(Hook):
             pictures.append(Pictures(count, group.to(device), (group[:, 0] // S).tolist()))
         return size.view_as(here).to(device), pictures, (here & ~image).sum(1).tolist()
 
-    def _adopt(self, cache, use_cache: bool | None) -> DynamicCache | None:
-        """The KV cache of a call, the caller's or a new one: from now on its layers count logical positions.
 
-        Raises: ValueError for another kind of cache, or one that was filled without LUVC; it is as it was.
-        """
-        if cache is None:
-            if not (self.decoder.config.use_cache if use_cache is None else use_cache):
-                return None
-            cache = DynamicCache(config=self.decoder.config)
-        kinds = {type(layer) for layer in cache.layers} if isinstance(cache, DynamicCache) else {type(cache)}
-        if kinds - {DynamicLayer, PrunedLayer} or (kinds == {DynamicLayer} and cache.get_seq_length()):
-            raise ValueError(f"{type(cache).__name__}: LUVC needs a DynamicCache, empty or filled under LUVC")
-        if kinds != {PrunedLayer}:
-            cache.layers = [PrunedLayer() for _ in self.decoder.layers]
-        return cache
+def adopt(cache, decoder: nn.Module) -> DynamicCache:
+    """The KV cache of a call, the caller's or a new one: from now on its layers count logical positions.
+
+    Raises: ValueError for another kind of cache, or one that was filled without LUVC; it is as it was.
+    """
+    cache = DynamicCache(config=decoder.config) if cache is None else cache
+    kinds = {type(layer) for layer in cache.layers} if isinstance(cache, DynamicCache) else {type(cache)}
+    if kinds - {DynamicLayer, PrunedLayer} or (kinds == {DynamicLayer} and cache.get_seq_length()):
+        raise ValueError(f"{type(cache).__name__}: LUVC needs a DynamicCache, empty or filled under LUVC")
+    if kinds != {PrunedLayer}:
+        cache.layers = [PrunedLayer() for _ in decoder.layers]
+    return cache
 
 
 # Refused before anything is changed, since it would go wrong in silence. A sliding window counts stored
@@ -790,14 +789,13 @@ class Pruner(Hook):
 
 def check_decoder(config) -> None:
     """Raises: ValueError for an LLM that cannot be pruned."""
-    known = {"llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
+    known = ["llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text"]
     window = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     layers, kernel = set(getattr(config, "layer_types", None) or [window]), config._attn_implementation
     runs = kernel in MASKS and kernel != "flex_attention"
     if config.model_type not in known or layers != {"full_attention"} or not runs:
         got = f"decoder {config.model_type!r}, layers of kind {sorted(layers)}, attention {kernel!r}"
-        want = f"one of {sorted(known)}, full_attention, and sdpa, flash_attention_2 or eager"
-        raise ValueError(f"{got}: not supported; use {want}")
+        raise ValueError(f"{got}: use one of {known}, full_attention, and sdpa, flash_attention_2 or eager")
 
 
 def check_call(model: nn.Module, ids: Tensor | None, mask, start: int, kwargs: dict) -> None:
@@ -873,11 +871,8 @@ class Tiles:
     """
 
     def __init__(self, family: "Family", grids: list[Grid]):
-        self.family, self.grids, self.tokens = (
-            family,
-            grids,
-            [],
-        )  # how many, in each block from the first merge on
+        self.family, self.grids = family, grids
+        self.tokens: list[int] = []  # image tokens in each block, from the first merge on
 
     def to_grids(self, x: Tensor) -> list[Tensor]:
         (n, h, w), side = self.grids[0].size.shape, self.family.per_side
@@ -932,10 +927,7 @@ class Packed(Tiles):
         # Row and column of each patch: (image tokens, per_side * per_side * 2), of each grid.
         places = vision_utils.get_vision_position_ids(thw, side).view(-1, side * side * 2)
         places = places.to(self.order.device, torch.float32)
-        for grid, its in zip(
-            self.grids, places.split([grid.token.numel() for grid in self.grids]), strict=True
-        ):
-            grid.places = its
+        self.places = places.split([grid.token.numel() for grid in self.grids])
 
     def arrange(self) -> Tensor:
         vision, side, device = self.family.vision, self.family.per_side, self.grids[0].size.device
@@ -943,8 +935,8 @@ class Packed(Tiles):
         self.frames, self.cos_sin = vision_utils.get_vision_cu_seqlens(thw).to(device), None
         self.order = torch.arange(int(thw.prod(1).sum()) // side**2, device=device)
         if hasattr(vision, "fullatt_block_indexes"):
-            window = vision.window_size, vision.patch_size
-            order, windows = vision_utils.get_vision_window_index(thw, side, *window)
+            sizes = vision.window_size, vision.patch_size
+            order, windows = vision_utils.get_vision_window_index(thw, side, *sizes)
             self.order, self.windows = order.to(device), windows.to(device)
         return thw
 
@@ -965,7 +957,9 @@ class Packed(Tiles):
 
     def arguments(self, number: int, x: Tensor, kwargs: dict) -> dict:
         if self.cos_sin is None:  # a position is the mean over what was merged; it need not be a whole number
-            means = [grid.mean(grid.places) for grid in self.grids]
+            means = [
+                grid.mean(place.to(x.device)) for grid, place in zip(self.grids, self.places, strict=True)
+            ]
             self.cos_sin = self.family.vision.rotary_pos_emb(x, self.from_grids(means, x))
         full = number in getattr(self.family.vision, "fullatt_block_indexes", [number])
         ends = self.frames if full else self.windows
@@ -1028,31 +1022,29 @@ class Merger(Hook):
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
         super().__init__(model)
         self.config, self.family = config, family_of(self.model)
-        blocks, self.off = len(self.family.blocks), config.vision_keep == 1
+        blocks, off = len(self.family.blocks), config.vision_keep == 1
         self.steps = steps = blocks - 1 if config.vision_steps is None else config.vision_steps
-        if not 0 < config.vision_keep <= 1 or not (self.off or 2 <= steps <= blocks):
+        if not 0 < config.vision_keep <= 1 or not (off or 2 <= steps <= blocks):
             got = f"vision_keep={config.vision_keep}, vision_steps={steps}"
-            raise ValueError(f"{got} must lie in (0, 1], and in [2, {blocks}]: at most one merge per block")
+            raise ValueError(f"{got} must lie in (0, 1], and in [2, {blocks}], at most one merge per block")
         # Our choice: the merges are spread evenly over the blocks, `steps` of them before these blocks. The
         # first block always sees the whole picture: before it, tokens are pixels and no features.
-        self.merges = [] if self.off else [(step + 1) * blocks // (steps + 1) for step in range(steps)]
+        self.merges = [] if off else [(step + 1) * blocks // (steps + 1) for step in range(steps)]
         self.latest: Tiles | None = None  # the pictures that were encoded last
 
     def hook(self) -> None:
-        family, base = self.family, self.model.base_model
+        if not self.merges:
+            return
+        family, first = self.family, self.merges[0]
         self.occupy(family.vision)
         self.callback(PICTURES.set, None)  # nothing of the model outlives the hook
-        # A call within a call leaves the pictures of the outer one as they were.
-        plain = base.forward
-        self.replace(base, "forward", lambda *args, **kwargs: copy_context().run(plain, *args, **kwargs))
         self.callback(family.vision.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         # Blocks before the first merge run as they are; the others get what fits fewer tokens.
-        for number, block in enumerate(family.blocks):
-            if self.merges and number >= self.merges[0]:
-                run = functools.partial(self._before_block, number)
-                self.callback(block.register_forward_pre_hook(run, with_kwargs=True).remove)
-                if self.config.sizes and family.patch_size:
-                    weigh_keys(self, attention_of(block), lambda: PICTURES.get().channels)
+        for number, block in enumerate(family.blocks[first:], first):
+            run = functools.partial(self._before_block, number)
+            self.callback(block.register_forward_pre_hook(run, with_kwargs=True).remove)
+            if self.config.sizes and family.patch_size:
+                weigh_keys(self, attention_of(block), lambda: PICTURES.get().channels)
         for projector in family.projectors:
             self.callback(projector.register_forward_hook(self._after_projector).remove)
 
@@ -1113,12 +1105,11 @@ class Family:
 
 
 # Families with the same names for their encoder and their projector.
-PARTS = dict.fromkeys(
-    ("llava", "llava_next", "llava_onevision", "internvl"), ("vision_tower", "multi_modal_projector")
-)
+LLAVAS = ("llava", "llava_next", "llava_onevision", "internvl")
+PARTS = dict.fromkeys(LLAVAS, ("vision_tower", "multi_modal_projector"))
 PARTS |= dict.fromkeys(("idefics3", "smolvlm"), ("vision_model", "connector"))
-PARTS |= {"deepseek_vl": ("vision_model", "aligner")}
 PARTS |= dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("visual", "visual.merger"))
+PARTS["deepseek_vl"] = ("vision_model", "aligner")
 # Encoders with a token in front of the patches, CLS, and those without one.
 PREFIX = {"clip_vision_model": 1, "dinov2": 1, "internvl_vision": 1}
 PREFIX |= {"siglip_vision_model": 0, "idefics3_vision": 0, "smolvlm_vision": 0}
@@ -1178,14 +1169,12 @@ class LUVC(Hook):
     def __init__(self, model: nn.Module, config: LUVCConfig = LUVCConfig()):
         super().__init__(model)
         self.merger = Merger(self.model, config)
-        self.pruner = Pruner(self.model, config, None if self.merger.off else find_copies)
+        self.pruner = Pruner(self.model, config, find_copies if self.merger.merges else None)
         self.family = self.merger.family
 
     def hook(self) -> None:
-        if not self.merger.off or min(self.pruner.fractions) < 1:
-            self.enter_context(self.pruner)
-        if not self.merger.off:
-            self.enter_context(self.merger)
+        self.enter_context(self.pruner)
+        self.enter_context(self.merger)
         self.replaced = self.pruner.replaced | self.merger.replaced  # what `detach` checks, before it begins
 
     def _latest(self, hook: Hook):
