@@ -366,6 +366,8 @@ class Hook(contextlib.ExitStack):
 
     def attach(self):
         """Put the hooks in; returns self. Raises: ValueError, with the model as it was."""
+        if self.replaced:
+            raise ValueError(f"this {type(self).__name__} is attached already; detach() it first")
         if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.model.modules()):
             raise ValueError("the model is compiled; LUVC needs eager mode, load the model anew")
         try:
