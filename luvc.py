@@ -93,7 +93,8 @@ def merge_axis(x: Tensor, size: Tensor, keep: int, axis: int) -> tuple[Tensor, T
         `row * columns + column`.
 
     Raises: ValueError for another shape or dtype, or `keep` or `axis` out of range; it names the value.
-    Source: merging iteratively, orthogonally in the spatial axes, is the paper's; this rule is our choice.
+    Source: merging iteratively, orthogonally in the spatial axes, is the paper's; this rule is our choice
+        (merging similar tokens, weighted by size, is ToMe's idea, arXiv 2210.09461).
     """
     if x.ndim != 4 or not x.is_floating_point() or size.shape != x.shape[:3]:
         got = f"x {tuple(x.shape)}, {x.dtype}, size {tuple(size.shape)}"
@@ -244,7 +245,7 @@ def projection(C: int, channels: int, device: torch.device) -> Tensor:
     To so few channels lengths stay nearly what they were (Johnson and Lindenstrauss, 1984), and the filter is
     linear, so the lengths of its residuals do, too. Source: our choice.
     """
-    # Whoever asks first may run inference, who comes next may train.
+    # It stays in the cache: a later call, outside of inference mode, may want to record gradients.
     with torch.inference_mode(False):
         numbers = torch.randn(C, channels, generator=torch.Generator().manual_seed(0), device="cpu")
         return (numbers / math.sqrt(channels)).to(device)
@@ -293,14 +294,13 @@ def inherit(size: Tensor, kept: Tensor) -> Tensor:
     Returns: (B, K), the sizes of those kept, in the dtype of `size` (sums are made in that dtype, float16 and
         bfloat16 in float32); they sum to what all sizes summed to. Source: our choice.
     """
-    # Half way between two kept tokens the sizes begin to go to the right one.
-    # The last token that is nearer to its left neighbour.
+    # `middle` is the last token that is nearer to its left neighbour than to its right one.
     middle = (kept[:, :-1] + kept[:, 1:]) // 2
     starts = torch.zeros_like(size, dtype=torch.int64).scatter_(1, middle + 1, 1)
     # 0 0 1 1 1 2 ...: the kept token that each token's size goes to.
-    heir = starts.cumsum(1)
+    nearest = starts.cumsum(1)
     wide = size.float() if size.dtype in (torch.float16, torch.bfloat16) else size
-    return wide.new_zeros(kept.shape).scatter_add_(1, heir, wide).to(size.dtype)
+    return wide.new_zeros(kept.shape).scatter_add_(1, nearest, wide).to(size.dtype)
 
 
 # ==== 3. What both hooks share: settings, changes that are undone, proportional attention ===================
@@ -485,6 +485,8 @@ ATTENTIONS.register("luvc", sized_attention)
 #     layer 0   | t t i i i . . i i . t t t |
 #     layer 5   | t t i . i . . i i . t t t |      what the layer computes is a shorter causal sequence;
 #     last one  | t t . . . . . . . . t t t |      rotary positions are those of the logical sequence
+#
+# (Pruning inside the LLM is FastV's idea, arXiv 2403.06764, layer after layer PyramidDrop's, 2410.17247.)
 #
 # Samples of a batch may keep differently many positions. Shorter ones are filled up at their end, and the KV
 # cache remembers the logical position of each column that it stores, -1 for a filler. So the mask of any
