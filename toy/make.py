@@ -12,7 +12,7 @@ sixth kind about two pictures. It is trained *without* LUVC and not tuned to it.
 Seeds below `HELD_OUT` draw the unseen scenes that tests and tables use; training draws from seeds above it.
 
 How the checkpoint here came about, in 100 minutes of one core, and some of another for drawing. It continues
-from the one of commit f498161 (four kinds, no numbers, an encoder half as wide), which `widened` makes room in:
+from the one of commit f498161 (four kinds, no numbers, an encoder half as wide); `widened` makes room in it:
 
     git archive --prefix=FOUR/ f498161 toy | tar x
     python toy/make.py --resume FOUR/toy --out NEW --stages plates:600 --batch 16          # 11 minutes
@@ -20,11 +20,11 @@ from the one of commit f498161 (four kinds, no numbers, an encoder half as wide)
     python toy/make.py --resume NEW --out NEW --stages 3p:750 --rate 1e-3 --first 40000000      # 23 minutes
     python toy/make.py --resume NEW --out NEW --stages 3p:520 --rate 1e-3 --first 60000000      # 16 minutes
 
-First the encoder learns digits from small parts of pictures, at a tenth of the cost; then all learn together, from
-2 x 2 cells of the layout and then from whole pictures. The rate of the first two runs was still falling when the
-next began, and the shares of kinds and losses changed a little on the way: in the last run `Scenes` asked for more
-of "count" in place of "number", and went on with the patch heads of the run before. So this repeats what was done,
-not the very weights. Training from nothing, without --resume, is possible but untried.
+First the encoder learns digits from small parts of pictures, at a tenth of the cost; then all learn together,
+from 2 x 2 cells of the layout and then from whole pictures. The rate of the first two runs was still falling
+when the next began, and the shares of kinds and losses changed a little on the way: in the last run `Scenes`
+asked for more of "count" in place of "number", and went on with the patch heads of the run before. So this
+repeats what was done, not the very weights. Training from nothing, without --resume, is possible but untried.
 """
 
 import argparse
@@ -71,14 +71,15 @@ KINDS = ("colour", "texture", "place", "count", "number")  # and "pair", about t
 
 
 def corner(seed, cells=CELLS):
-    """Training starts with parts of pictures, `cells` x `cells` of the layout: where the part of a seed begins."""
+    """Training starts with parts of pictures, `cells` x `cells` of the layout: where the part of a seed
+    begins."""
     return divmod(seed % (CELLS - cells + 1) ** 2, CELLS - cells + 1)
 
 
 def scene(rng, cells=CELLS, corner=(0, 0), palette=4):
-    """Things in different cells, two to six in a whole picture: dicts with colour, texture, row, col, box (y, x,
-    height, width), number and plate (the y and x of its upper left corner). They have at most
-    `palette` colours and as many textures."""
+    """Things in different cells, two to six in a whole picture: dicts with colour, texture, row, col, box (y,
+    x, height, width), number and plate (the y and x of its upper left corner). They have at most `palette`
+    colours and as many textures."""
     things = []
     # Not all colours and textures at once, so that counts exceed one.
     colours, cloths = rng.permutation(list(COLOURS))[:palette], rng.permutation(TEXTURES)[:palette]
@@ -149,8 +150,8 @@ def draw(rng, things, cells=CELLS, corner=(0, 0)):
 
 
 def questions(rng, things, number=8, more=None):
-    """`number` different questions about a scene, in random order, `more` of one kind if there are: tuples (kind,
-    subject, question, answer)."""
+    """`number` different questions about a scene, in random order, `more` of one kind if there are: tuples
+    (kind, subject, question, answer)."""
     asked = []
     for by, names in (("texture", TEXTURES), ("colour", tuple(COLOURS))):
         other = "colour" if by == "texture" else "texture"
@@ -193,7 +194,8 @@ def sample(seed):
 
 
 def draw_pair(seed, number=4, cells=CELLS):
-    """Two scenes of a seed and questions about both: ([things, things], [picture array, picture array], questions)."""
+    """Two scenes of a seed and questions about both: ([things, things], [picture array, picture array],
+    questions)."""
     rng = np.random.default_rng(seed)
     things = [scene(rng, cells, corner(seed, cells)) for _ in range(2)]
     pictures = [draw(rng, t, cells, corner(seed, cells)) for t in things]
@@ -223,7 +225,8 @@ def prompt_of(question, pictures=1):
 
 CHAT_TEMPLATE = (  # the turns of LLaVA-1.5
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% if message['role'] == 'user' %} {% else %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -294,7 +297,7 @@ def make_model(tokenizer, width=64, layers=12, vision_width=128, vision_layers=4
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        # The default of 0.02 is meant for widths of thousands; at 64 attention would start flat and stay flat.
+        # The default of 0.02 is meant for widths of thousands; at 64 attention would stay flat.
         initializer_range=0.1,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
@@ -313,7 +316,7 @@ def make_model(tokenizer, width=64, layers=12, vision_width=128, vision_layers=4
 
 
 def widened(model, tokenizer):
-    """The same function with new words and an encoder twice as wide, where the checkpoint is of the first size.
+    """The same function with new words and an encoder twice as wide, for a checkpoint of the first size.
 
     A channel of value s becomes two, s + d and s - d. What was there reads their mean, s, and adds to s; the
     new heads and MLP units, and the d of the embeddings, read both and add to d alone. So nothing old changes
@@ -361,12 +364,13 @@ def widened(model, tokenizer):
 
 
 def encode_turns(tokenizer, asked, patches, pictures=1):
-    """Several turns about the same picture(s) -> (ids, labels, crutch). A label stands where the answer's word is
-    predicted.
+    """Several turns about the same picture(s) -> (ids, labels, crutch). A label stands where the answer's
+    word is predicted.
 
-    The answer is asked for twice: behind "ASSISTANT:", and as a crutch already at the word that names the subject
-    ("striped") and, where the answer has two words, at the one behind it. There the question ends as far as the
-    picture is concerned; copying the answer to the end of the line is then easy. Without it learning takes hours.
+    The answer is asked for twice: behind "ASSISTANT:", and as a crutch already at the word that names the
+    subject ("striped") and, where the answer has two words, at the one behind it. There the question ends as far
+    as the picture is concerned; copying the answer to the end of the line is then easy. Without it learning takes
+    hours.
     """
     to_id, image = tokenizer.convert_tokens_to_ids, tokenizer.convert_tokens_to_ids("<image>")
     ids = [to_id("USER:")]
@@ -389,9 +393,9 @@ HEADS = [len(TEXTURES) + 1, len(COLOURS) + 1, 2, CELLS, CELLS, 11, 11]
 
 
 def patch_targets(things, cells=CELLS, corner=(0, 0)):
-    """What every patch shows and where it is, (rows, columns, 7): texture and colour of the thing at its middle,
-    whether it is the middle of a thing, the third of the picture it lies in, by rows and by columns, and the tens
-    and the units digit whose middle lies in it (0 where there is none, else the digit + 1)."""
+    """What every patch shows and where it is, (rows, columns, 7): texture and colour of the thing at its
+    middle, whether it is the middle of a thing, the third of the picture it lies in, by rows and by columns,
+    and the tens and the units digit whose middle lies in it (0 where there is none, else the digit + 1)."""
     target = np.zeros((PIXELS // PATCH, PIXELS // PATCH, len(HEADS)), np.int64)
     middle = np.arange(PIXELS // PATCH) * PATCH + PATCH / 2
     target[..., 3] = (middle // CELL)[:, None]
@@ -411,7 +415,7 @@ def patch_targets(things, cells=CELLS, corner=(0, 0)):
 
 
 def patch_places(row, col, height, width):
-    """Rows of the table of position embeddings for a part of the picture, in patches, behind the class token's."""
+    """Rows of the table of position embeddings for a part of the picture, in patches, behind that of CLS."""
     grid = torch.arange(row, row + height)[:, None] * (PIXELS // PATCH) + torch.arange(col, col + width)
     return torch.cat([torch.zeros(1, dtype=torch.long), 1 + grid.flatten()])
 
@@ -422,8 +426,8 @@ def as_pixels(pictures):
 
 
 class Plates(torch.utils.data.Dataset):
-    """Batches of small parts of pictures for the encoder alone: three batches in four of 3 x 4 patches around a
-    plate, every fourth of whole cells, so that the middles of things are not forgotten."""
+    """Batches of small parts of pictures for the encoder alone: three batches in four of 3 x 4 patches around
+    a plate, every fourth of whole cells, so that the middles of things are not forgotten."""
 
     def __init__(self, first, steps, batch):
         self.first, self.steps, self.batch = first, steps, batch
@@ -512,8 +516,8 @@ ANSWERS = {
 
 
 def train(model, processor, stages, batch, number, rate, device, save, first):
-    """Trains `model` through `stages`, a list of (name, steps), on scenes from seed `first` on; returns the seconds
-    it took."""
+    """Trains `model` through `stages`, a list of (name, steps), on scenes from seed `first` on; returns the
+    seconds it took."""
     from torch.nn.functional import cross_entropy
     from tqdm import tqdm
 
@@ -596,7 +600,7 @@ def train(model, processor, stages, batch, number, rate, device, save, first):
 
 @torch.inference_mode()
 def accuracy(model, processor, scenes, first=0, batch=25, pairs=True):
-    """Share of questions answered word for word right on unseen scenes, greedy, one turn each: {kind: share}."""
+    """{kind: share of questions answered word for word right}, on unseen scenes, greedy, one turn each."""
     right = {}
     for start in range(first, first + scenes, batch):
         asked = []
@@ -634,7 +638,7 @@ def main():
         "--stages",
         type=parse_stages,
         default="plates:600,2:1000,2p:1700,3p:1100",
-        help="name:steps,...; plates: the encoder alone; 2 or 3: everything, on 2 x 2 or 3 x 3 cells; p: with pairs",
+        help="name:steps,...; plates: the encoder alone; 2 or 3: all, on 2 x 2 or 3 x 3 cells; p: with pairs",
     )
     parser.add_argument("--batch", type=int, default=8, help="scenes per step")
     parser.add_argument("--questions", type=int, default=16, help="turns per scene")
