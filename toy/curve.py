@@ -1,5 +1,6 @@
 """The curve: how right the toy's answers stay as fewer tokens are left, for LUVC and with one part replaced.
 
+    pip install matplotlib
     python toy/curve.py                 # toy/curve.png: 96 unseen scenes and 48 unseen pairs, seeds from 300
     python toy/curve.py --store FILE    # keeps what is measured; a second call only draws
 
