@@ -26,7 +26,7 @@ from toy.make import draw_sample  # noqa: E402
 SIDE, GAP, FONT = 300, 16, 26  # pixels: of a panel, between panels, of letters
 
 
-def outlined(picture, groups, size, width=1):
+def outlined(picture, groups, size, width):
     """The picture, size x size pixels; outlined are tokens that stand for several patches. groups (H, W)."""
     shown = picture.resize((size, size), Image.Resampling.BICUBIC)
     pen, step, lines = ImageDraw.Draw(shown), size / groups.shape[1], []
@@ -84,7 +84,7 @@ def photographed(adapter):
     groups, layers = luvc.groups[0], len(luvc.kept)
     grid, merged = groups.view(PATCHES, PATCHES), len(groups.unique())
     panels = [(f"a photograph\n{len(groups)} patches", picture.resize((SIDE, SIDE)))]
-    panels.append((f"merged, as outlined\n{merged} image tokens", outlined(picture, grid, SIDE)))
+    panels.append((f"merged, as outlined\n{merged} image tokens", outlined(picture, grid, SIDE, width=2)))
     for layer in (0, 10, 20, 28):
         kept = luvc.kept[layer][0] - first
         tokens = groups[kept[(kept >= 0) & (kept < len(groups))]]  # a copy lies at a patch of its token
