@@ -44,6 +44,7 @@ import functools
 import inspect
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
@@ -840,7 +841,7 @@ PICTURES: ContextVar = ContextVar("luvc_pictures", default=None)
 
 
 class Grid:
-    """Pictures, tiles or frames of one size that follow each other: n grids of H x W image tokens."""
+    """All pictures, tiles or frames of one size in a call: n grids of H x W image tokens, merged together."""
 
     def __init__(self, n: int, H: int, W: int, config: LUVCConfig, steps: int, device):
         self.plan, self.done, self.rule = merge_plan(H, W, config.vision_keep, steps), 0, config.merge
@@ -874,9 +875,11 @@ class Tiles:
     `to_grids` and `from_grids` lead from there to (n, h, w, per_side * per_side * C) for each grid, and back.
     """
 
-    def __init__(self, family: "Family", grids: list[Grid]):
+    def __init__(self, family: "Family", grids: list[Grid], shapes: list[tuple[int, int]]):
         self.family, self.grids = family, grids
         self.tokens: list[int] = []  # image tokens in each block, from the first merge on
+        # The grid that each picture, tile or frame is in: `shapes` are theirs, in the order of the call.
+        self.number = [[*dict.fromkeys(shapes)].index(shape) for shape in shapes]
 
     def to_grids(self, x: Tensor) -> list[Tensor]:
         (n, h, w), side = self.grids[0].size.shape, self.family.per_side
@@ -924,25 +927,34 @@ class Packed(Tiles):
     frame, so every frame would need channels of its own, in every block.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        thw, side = self.arrange(), self.family.per_side
+    def __init__(self, family: "Family", grids: list[Grid], shapes: list[tuple[int, int]]):
+        super().__init__(family, grids, shapes)
+        self.arrange([(1, *shape) for shape in shapes])
+        # The encoder has frame after frame, here those of one size stand together.
+        number = torch.tensor(self.number).repeat_interleave(
+            torch.tensor(shapes).prod(1)
+        )  # of each image token
+        self.order = number.argsort(stable=True).argsort().to(self.order.device)[self.order]
         self.whole = self.order  # before anything is merged
         # Row and column of each patch: (image tokens, per_side * per_side * 2), of each grid.
+        side, thw = family.per_side, self.patches([grid.size.shape for grid in grids])
         places = vision_utils.get_vision_position_ids(thw, side).view(-1, side * side * 2)
         places = places.to(self.order.device, torch.float32)
-        self.places = places.split([grid.token.numel() for grid in self.grids])
+        self.places = places.split([grid.token.numel() for grid in grids])
 
-    def arrange(self) -> Tensor:
+    def patches(self, shapes: list[tuple[int, int, int]]) -> Tensor:
+        """Frames, rows and columns of image tokens -> of patches, as transformers' functions want them."""
+        return torch.tensor(shapes) * torch.tensor([1, self.family.per_side, self.family.per_side])
+
+    def arrange(self, shapes: list[tuple[int, int, int]] | None = None) -> None:
         vision, side, device = self.family.vision, self.family.per_side, self.grids[0].size.device
-        thw = torch.tensor([[n, h * side, w * side] for n, h, w in (grid.size.shape for grid in self.grids)])
+        thw = self.patches(shapes or [grid.size.shape for grid in self.grids])
         self.frames, self.cos_sin = vision_utils.get_vision_cu_seqlens(thw).to(device), None
         self.order = torch.arange(int(thw.prod(1).sum()) // side**2, device=device)
         if hasattr(vision, "fullatt_block_indexes"):
             sizes = vision.window_size, vision.patch_size
             order, windows = vision_utils.get_vision_window_index(thw, side, *sizes)
             self.order, self.windows = order.to(device), windows.to(device)
-        return thw
 
     def to_grids(self, x: Tensor) -> list[Tensor]:
         x = x.reshape(len(self.order), -1)[self.order.argsort()]
@@ -1054,15 +1066,15 @@ class Merger(Hook):
 
     def _begin(self, vision: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the encoder: how many pictures are there, and how large are they?"""
-        pixels, side = (*args, *kwargs.values())[0], self.family.per_side
+        pixels, side, make = (*args, *kwargs.values())[0], self.family.per_side, Tiles
         if self.family.patch_size:
-            make, edges = Tiles, zip(pixels.shape[-2:], self.family.patch_size, strict=True)
-            shapes = [(len(pixels), *(pixel // patch // side for pixel, patch in edges))]
+            edges = zip(pixels.shape[-2:], self.family.patch_size, strict=True)
+            shapes = [tuple(pixel // patch // side for pixel, patch in edges)] * len(pixels)
         else:
             make, grid_thw = Packed, kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
-            shapes = [(t, h // side, w // side) for t, h, w in grid_thw.tolist()]
-        grids = [Grid(*shape, self.config, self.steps, pixels.device) for shape in shapes]
-        self.latest = make(self.family, grids)
+            shapes = [(h // side, w // side) for t, h, w in grid_thw.tolist() for _ in range(t)]
+        counts, more = Counter(shapes), (self.config, self.steps, pixels.device)
+        self.latest = make(self.family, [Grid(n, *shape, *more) for shape, n in counts.items()], shapes)
         PICTURES.set(self.latest)
 
     def _before_block(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -1203,7 +1215,9 @@ class LUVC(Hook):
     @property
     def groups(self) -> list[Tensor]:
         """For each picture, tile or frame encoded last: (H * W,) int64, the merged token of each place."""
-        return [token for grid in self._latest(self.merger).grids for token in grid.token]
+        tiles = self._latest(self.merger)
+        rows = [iter(grid.token) for grid in tiles.grids]
+        return [next(rows[number]) for number in tiles.number]
 
     def report(self) -> str:
         """Tokens per encoder block and decoder layer in the latest prefill, summed over the batch; text."""
