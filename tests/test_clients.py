@@ -1,12 +1,9 @@
-"""What people do with a model beside calling it: threads, servers, pipelines, compilers, accelerate, PEFT, Trainer,
-quantised weights, several processes. Each thing works; what does not is in test_refused.py."""
+"""What people do with a model beside calling it: threads, pipelines, compilers, accelerate, PEFT, quantised weights,
+several devices or processes. Each thing works; what does not is in test_refused.py."""
 
 import concurrent.futures
 import copy
 import functools
-import http.client
-import http.server
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +13,6 @@ import pytest
 import torch
 import transformers
 
-import test_luvc
 from test_luvc import (
     BOTH,
     CACHE,
@@ -33,40 +29,47 @@ from test_luvc import (
     agree,
     attributes,
     batch,
-    both,
+    changed,
     dense,
     every_family,
     merge_axis,
     ragged,
     reference,
-    seams,
     spectral_prune,
     stored,
     tiny,
 )
 
+no_grad = torch.no_grad()
 
-def test_threads_share_one_attached_model():
-    """Eight threads generate at once what they generate one after the other. They wait for each other inside of every
-    merge and every choice, so that all calls are at the same place: what one part of the model tells another, kept
-    anywhere but in the call, would be that of the last one."""
-    model, threads = tiny("llava-siglip"), 8
+
+def seams(model, before):
+    """What `attach` works with, of that what is not as it was: forwards, hooks, configs of attentions, and so on.
+    (Other attributes may change: accelerate fetches weights, `generate` and the compiler keep records.)"""
+    own = ("config", "_luvc", "plain_attention", "key_channels")
+    return [key for key in changed(model, before) if key[1] in own or "forward" in key[1]]
+
+
+@pytest.mark.parametrize("name", ["llava-siglip", "qwen2_5_vl"])
+def test_threads_share_one_attached_model(name):
+    """A server with a thread per request. Eight generate at once what they generate one after the other. They wait for
+    each other inside of every merge and every choice, so that all calls are at the same place: what one part of the
+    model tells another, kept anywhere but in the call, would be that of the last one."""
+    model, threads = tiny(name), 8
     barrier = threading.Barrier(1)
 
-    def merge(*args):
+    def together(function, *args):
         barrier.wait(timeout=60)
-        return merge_axis(*args)
+        return function(*args)
 
-    def choose(*args):
-        barrier.wait(timeout=60)
-        return spectral_prune(*args)
-
-    # Prompts of different lengths, with different pictures of one or two tiles.
+    # Prompts of different lengths, with different pictures.
     kinds = [f"{'image' if n % 3 else 'tall'}{n}" for n in range(threads)]
     rows = [[1, *range(2, 2 + n), kind, *range(5, 6 + n % 4), 9] for n, kind in enumerate(kinds)]
     prompts = [batch(model, [row]) for row in rows]
     ask = functools.partial(model.generate, **GREEDY, output_logits=True, return_dict_in_generate=True)
-    with LUVC(model, LUVCConfig(vision_keep=0.45, merge=merge, prune=choose)):
+    rules = {"merge": merge_axis, "prune": spectral_prune}
+    rules = {key: functools.partial(together, rule) for key, rule in rules.items()}
+    with LUVC(model, LUVCConfig(vision_keep=0.45, **rules)):
         wanted = [ask(**inputs) for inputs in prompts]
         barrier = threading.Barrier(threads)
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -77,113 +80,48 @@ def test_threads_share_one_attached_model():
                     agree(torch.cat(got.logits), torch.cat(want.logits), "other logits than alone")
 
 
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl"])
+@no_grad
+def test_a_call_within_a_call(name):
+    """Say in a hook that somebody put into a layer or an encoder's block. Catches: the outer call that goes on with
+    the pictures, the prompt or the ids of the inner one."""
+    model = tiny(name)
+    outer, inner = batch(model, [[1, "image1", 5, "tall2", 6]]), batch(model, [[1, 5, "tall3", 7, 8], [1, 2]])
+    got, hooks = [], []
+    with LUVC(model, BOTH) as luvc:
+        want = model(**outer).logits, model(**inner).logits
+        for module in (luvc.family.blocks[2], luvc.family.projectors[0], model.get_decoder().layers[1]):
+
+            def call(*_):
+                hooks.pop().remove()
+                got.append(model(**inner).logits)
+
+            hooks.append(module.register_forward_pre_hook(call))
+            assert torch.equal(model(**outer).logits, want[0]), "another answer with a call within"
+            assert torch.equal(got.pop(), want[1]), "another answer within a call"
+
+
 def test_pipeline_and_streaming_run_unchanged(toy, capsys):
     """Catches: hooks that need another call than a client makes."""
     from PIL import Image
 
-    (model, processor), picture = toy, Image.open(HERE / "toy" / "example.png")
+    from toy.ask import encode
+
+    (model, processor), picture = toy, Image.open(HERE / "toy" / "example.png").convert("RGB")
     question = "what colour is the striped thing?"
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
     with LUVC(model) as luvc:
         pipe = transformers.pipeline("image-text-to-text", model=model, processor=processor)
         said = pipe(text=[{"role": "user", "content": content}], max_new_tokens=4, return_full_text=False)
-        assert luvc.report().visual_tokens[-1] == 0
+        assert len(luvc.kept[-1][0]) < len(luvc.kept[0][0]) / 4
         streamer = transformers.TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         capsys.readouterr()
-        model.generate(**reference.encode(processor, picture, question), max_new_tokens=4, streamer=streamer)
+        model.generate(**encode(processor, picture, question), max_new_tokens=4, streamer=streamer)
     assert said[0]["generated_text"].strip() == capsys.readouterr().out.strip() != ""
 
 
-def test_a_server_with_a_thread_per_request():
-    """Catches: state of a call on the wrapper, where other requests overwrite it."""
-    model, interval = tiny("qwen2_5_vl"), sys.getswitchinterval()
-    kinds = enumerate(["image", "tall", "video", "tall"] * 2)
-    inputs = [batch(model, [[1, f"{kind}{i}", 5, *range(6, 7 + i)]]) for i, kind in kinds]
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            ids = model.generate(**inputs[int(self.path[1:])], **GREEDY).tolist()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(ids).encode())
-
-        def log_message(self, *_):
-            pass
-
-    def ask(number):
-        client = http.client.HTTPConnection(*server.server_address, timeout=300)
-        client.request("GET", f"/{number}")
-        return json.loads(client.getresponse().read())
-
-    with LUVC(model, BOTH), http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        want = [model.generate(**each, **GREEDY).tolist() for each in inputs]
-        threading.Thread(target=server.serve_forever).start()
-        sys.setswitchinterval(1e-5)  # threads take turns within a layer
-        try:
-            with concurrent.futures.ThreadPoolExecutor(len(inputs)) as clients:
-                got = list(clients.map(ask, range(len(inputs))))
-        finally:
-            sys.setswitchinterval(interval)
-            server.shutdown()
-    assert got == want
-
-
-@pytest.mark.parametrize(
-    ("name", "side"), [("llava-full", "left"), ("internvl", "right"), ("llava_next", "left")]
-)
-@torch.no_grad()
-def test_a_prompt_may_end_with_a_picture(name, side, monkeypatch):
-    """Captioning with a base model: the last placeholder speaks, so it counts as text and lives to the last
-    layer. Catches: the next word from a position that was pruned; padding behind it taken for text."""
-    model, whole = tiny(name), test_luvc.pieces_of
-    inputs = batch(model, [[1, 5, "image1"], [1, "image2", "tall3"], [1, "tall4", 5, 6]], side)
-
-    def without_the_last(model, ids, b):
-        last = (ids[b] != 0).nonzero().max().item()
-        return [(token, [slot for slot in piece if slot != last]) for token, piece in whole(model, ids, b)]
-
-    monkeypatch.setattr(test_luvc, "pieces_of", without_the_last)
-    want, kept = dense(model, inputs, PRUNER)
-    with LUVC(model, PRUNER) as luvc:
-        got = model(**inputs).logits
-    assert [[row.tolist() for row in rows] for rows in luvc.kept] == [
-        [list(row) for row in rows] for rows in kept
-    ]
-    for b, row in enumerate(inputs["attention_mask"]):
-        agree(got[b, row.nonzero().max()], want[b, row.nonzero().max()], f"the word behind sample {b}")
-
-
-@pytest.mark.parametrize("name", ["llava-clip", "llava_next", "llava_onevision"])
-@torch.no_grad()
-def test_a_list_of_one_feature_layer_is_one_layer(name):
-    """Catches: a config that is refused, or read as another layer, for a pair of brackets."""
-    model = tiny(name)
-    inputs = batch(model, [[1, "image", 5, 6]])
-    with LUVC(model, both(name)):
-        want = model(**inputs).logits
-    model.config.vision_feature_layer = [model.config.vision_feature_layer]
-    with LUVC(model, both(name)):
-        assert torch.equal(model(**inputs).logits, want)
-
-
-@pytest.mark.parametrize("name", ["llava-clip", "qwen2_vl", "qwen3_vl", "internvl", "smolvlm"])
-@torch.no_grad()
-def test_a_placeholder_without_a_picture_is_text(name):
-    """Catches: a word that a user typed, or the model said, pruned as if it were a picture."""
-    model = tiny(name)
-    inputs, ids = batch(model, [[1, "image", 5, 6]]), torch.tensor([[1, 5, IMAGE, 6, 7]])
-    plain = model(input_ids=ids).logits
-    with LUVC(model, BOTH) as luvc:
-        agree(model(input_ids=ids).logits, plain, "a prompt of text alone")
-        assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS
-        model.generate(input_ids=ids, **GREEDY)
-        assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS
-        model(input_ids=ids, **{CACHE: stored(model(**inputs))})  # a second turn
-        assert [len(row) for (row,) in luvc.kept] == [5] * LAYERS
-
-
 @every_family
-@torch.no_grad()
+@no_grad
 def test_the_llm_alone_with_text(name):
     """Somebody reuses the LLM of a VLM for text, without and with a KV cache. Catches: ids that are looked for in the
     wrong place, pictures of an earlier call that are looked for in them."""
@@ -193,23 +131,19 @@ def test_the_llm_alone_with_text(name):
     with LUVC(model, PRUNER):
         model(**batch(model, [[1, "image1", 5, 7, 6]]))
         for args, more in (((ids,), {}), ((), {"input_ids": ids})):
-            got = llm(*args, **more, use_cache=False).last_hidden_state
-            assert torch.allclose(got, plain, **CLOSE)
+            agree(llm(*args, **more, use_cache=False).last_hidden_state, plain, "without a KV cache")
         first = llm(ids[:, :3], use_cache=True)
         rest = llm(ids[:, 3:], **{CACHE: first[CACHE]}).last_hidden_state
-    assert torch.allclose(torch.cat([first.last_hidden_state, rest], 1), plain, **CLOSE)
+    agree(torch.cat([first.last_hidden_state, rest], 1), plain, "with a KV cache")
 
 
 @pytest.mark.parametrize("name", ["llava-clip", "qwen2_vl"])
-@torch.no_grad()
+@no_grad
 def test_several_questions_on_one_reading(name):
     """A prompt is read once and its KV cache repeated, a row per question. Catches: rows that are mixed up or lost."""
-    model = tiny(name)
-    inputs, questions = (
-        batch(model, [[1, "image1", 5], [1, 8, "image1", 6]]),
-        [[7, 8], [9, 5], [6, 4], [8, 8]],
-    )
-    with LUVC(model, both(name)):
+    model, questions = tiny(name), [[7, 8], [9, 5], [6, 4], [8, 8]]
+    inputs = batch(model, [[1, "image1", 5], [1, 8, "image1", 6]])
+    with LUVC(model, BOTH):
         cache = stored(model(**inputs, use_cache=True))
         cache.batch_repeat_interleave(2)
         mask = torch.cat([inputs["attention_mask"].repeat_interleave(2, 0), torch.ones(4, 2).long()], 1)
@@ -225,57 +159,49 @@ def test_several_questions_on_one_reading(name):
             agree(got[row : row + 1], alone, f"question {row}")
 
 
-@torch.no_grad()
-def test_packed_rows_with_everything_off():
-    """Catches: a refusal of what the plain model can do, where nothing is merged or pruned."""
-    model = tiny()
-    row = {"input_ids": torch.tensor([[1, 5, 6, 1, 5]]), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
-    plain = model(**row).logits
-    with LUVC(model, OFF):
-        assert torch.equal(model(**row).logits, plain)
-
-
-@torch.no_grad()
-def test_compiled_beside_luvc():
-    """Catches: what torch.compile made of the plain model before, used on while LUVC is attached, and the
-    reverse; an error of the compiler that does not say why."""
+@pytest.mark.parametrize("part", ["the model", "its encoder"])
+@no_grad
+def test_compiled_beside_luvc(part):
+    """Catches: what torch.compile made of the plain model or its encoder before, used on while LUVC is attached, and
+    the reverse."""
     torch._dynamo.reset()  # it remembers what other tests compiled
-    model = tiny()
-    inputs = batch(model, [[1, "image1", 5]])
-    plain, beside = model(**inputs).logits, torch.compile(model, backend="eager")
-    agree(beside(**inputs).logits, plain, "compiled, plain")
-    with LUVC(model, BOTH):
-        agree(beside(**inputs).logits, model(**inputs).logits, "compiled, LUVC attached")
-    agree(beside(**inputs).logits, plain, "compiled, LUVC detached")
+    model = tiny(decoder={"num_hidden_layers": 2}, num_hidden_layers=3)
+    inputs, ask = batch(model, [[1, "image1", 5]]), model
+    plain = model(**inputs).logits
+    with LUVC(model, LUVCConfig(vision_keep=0.45, vision_steps=2)) as luvc:
+        want = model(**inputs).logits
+    if part == "the model":
+        ask = torch.compile(model, backend="eager")
+    else:
+        luvc.family.vision.forward = torch.compile(luvc.family.vision.forward, backend="eager")
+    agree(ask(**inputs).logits, plain, f"{part} compiled, LUVC not attached")
+    with luvc:
+        agree(ask(**inputs).logits, want, f"{part} compiled, LUVC attached")
+    agree(ask(**inputs).logits, plain, f"{part} compiled, LUVC detached")
     torch._dynamo.reset()
-    with (
-        LUVC(model, BOTH),
-        pytest.raises(torch._dynamo.exc.Unsupported, match=r"LUVC needs eager mode.*without it"),
-    ):
-        torch.compile(model, backend="eager", fullgraph=True)(**inputs)
 
 
 @every_family
-@torch.no_grad()
+@no_grad
 def test_offloaded_by_accelerate(name):
     """Weights that come layer by layer, as with `device_map="auto"` where memory is short. Catches: a forward
     that accelerate had put in and that is lost, weights that are looked at while they are away."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = tiny(name)
-    inputs, luvc = batch(model, ragged(name)), LUVC(model, both(name))
+    inputs, luvc = batch(model, ragged(name)), LUVC(model, BOTH)
     plain = model(**inputs).logits
     with luvc:
-        want, left = model(**inputs).logits, len(luvc.kept[1][0])
+        want = model(**inputs).logits
     for module in (*luvc.family.blocks, *model.get_decoder().layers):
         accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
     before = attributes(model)
     assert all(weight.is_meta for weight in model.get_decoder().layers[0].parameters())
     with luvc:
-        assert torch.equal(model(**inputs).logits, want) and len(luvc.kept[1][0]) == left
+        assert torch.equal(model(**inputs).logits, want)
     assert not seams(model, before) and torch.equal(model(**inputs).logits, plain)
 
 
-@torch.no_grad()
+@no_grad
 def test_hooks_of_accelerate_after_attach():
     """Catches: hooks that were put over LUVC's, and that `detach` throws away with them."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -284,18 +210,19 @@ def test_hooks_of_accelerate_after_attach():
     plain, luvc = model(**inputs).logits, LUVC(model, BOTH).attach()
     want = model(**inputs).logits
     accelerate.cpu_offload(layer, execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"LlamaDecoderLayer.forward.*undo that before detach"):
+    before = attributes(model)
+    with pytest.raises(ValueError, match=r"LlamaDecoderLayer.forward"):
         luvc.detach()
+    assert not changed(model, before), "a refusal leaves everything as it was"
     assert torch.equal(model(**inputs).logits, want), "refused, so LUVC is still attached"
     accelerate.hooks.remove_hook_from_module(layer, recurse=True)
     luvc.detach()
     assert torch.equal(model(**inputs).logits, plain)
 
 
-@torch.no_grad()
+@no_grad
 def test_device_map_over_memory_and_disk(tmp_path):
-    """The nearest thing to two devices that every machine has. Catches: weights that accelerate spread by
-    itself, and that LUVC looks at or loses."""
+    """Catches: weights that accelerate spread by itself, and that LUVC looks at or loses."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = tiny()
     inputs = batch(model, [[1, "image", 5, 6], [1, 2]])
@@ -312,22 +239,38 @@ def test_device_map_over_memory_and_disk(tmp_path):
         assert torch.equal(spread.generate(**inputs, **GREEDY), ids)
 
 
-@torch.no_grad()
-def test_train_and_eval_while_attached():
-    """Catches: the copy of an attention that LUVC runs, and that stays in the mode it was copied in."""
-    model = tiny(attention="eager")
-    inputs = batch(model, [[1, "image1", 5]])
-    for layer in model.model.language_model.layers:
-        layer.self_attn.attention_dropout = 0.5
+@pytest.mark.parametrize("name", ["llava-clip", "llava_next", "internvl", "qwen2_5_vl"])
+@no_grad
+def test_parts_on_two_devices(name):
+    """The second half of the LLM, or of an encoder, on the device "meta", where tensors have shapes and no numbers; to
+    mix them with others is an error. Catches: sizes, positions, grids that stay on the first device."""
+    hooks = pytest.importorskip("accelerate", reason="accelerate is not installed").hooks
+
+    def elsewhere(modules):
+        for module in modules:
+            align = hooks.AlignDevicesHook(execution_device=torch.device("meta"))
+            hooks.add_hook_to_module(module.to("meta"), align)
+
+    model = tiny(name)
+    inputs, decoder = batch(model, ragged(name)), model.get_decoder()
     with LUVC(model, BOTH):
-        first = model(**inputs).logits
-        model.train()
-        assert not torch.equal(model(**inputs).logits, model(**inputs).logits), "no dropout while training"
-        model.eval()
-        assert torch.equal(model(**inputs).logits, first)
+        want = model(**inputs, use_cache=True)
+    elsewhere([*decoder.layers[2:], decoder.norm, model.lm_head])
+    with LUVC(model, BOTH):
+        got = model(**inputs, use_cache=True)
+    assert got.logits.is_meta and got.logits.shape == want.logits.shape
+    for mine, plain in zip(stored(got).layers, stored(want).layers, strict=True):
+        assert mine.keys.shape == plain.keys.shape, "another number of keys"
+    if name == "internvl":  # others read numbers behind their encoder
+        model = tiny(name)
+        family = LUVC(model, BOTH).family
+        elsewhere([*family.blocks[2:], *family.projectors])
+        with LUVC(model, BOTH):
+            features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+        assert features.is_meta and features.shape[:2] == (len(inputs["pixel_values"]), model.per_tile)
 
 
-@torch.no_grad()
+@no_grad
 def test_several_models_at_once():
     """Catches: state that belongs to a class or to the module, not to the model."""
     models, got = [tiny("llava-clip"), tiny("qwen2_5_vl"), tiny("llava-clip")], []
@@ -335,14 +278,13 @@ def test_several_models_at_once():
     wrappers = [LUVC(model, config) for model, config in zip(models, (BOTH, PRUNER, OFF), strict=True)]
     for model, each, luvc in zip(models, inputs, wrappers, strict=True):
         with luvc:
-            want.append((model(**each).logits.tolist(), luvc.report()))
+            want.append(model(**each).logits)
     with wrappers[0], wrappers[1]:  # the third model stays plain, and off is plain
-        for n in (0, 1, 2, 0):
-            got.append((models[n](**inputs[n]).logits.tolist(), wrappers[n].report()))
-    assert got == [*want, want[0]]
+        got = [models[n](**inputs[n]).logits for n in (0, 1, 2, 0)]
+    assert all(map(torch.equal, got, [*want, want[0]]))
 
 
-@torch.no_grad()
+@no_grad
 def test_adapters_of_peft():
     """Catches: LUVC that does not find the model inside PEFT's wrapper, or that switches its adapters off."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -364,76 +306,24 @@ def test_adapters_of_peft():
     assert torch.equal(wrapped(**inputs).logits, plain)
 
 
-@pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl"])
-def test_trainer_with_lora(name, tmp_path):
-    """Two steps of transformers' Trainer, two accumulated samples each, are two steps of gradient descent by
-    hand. Catches: hooks that Trainer or accelerate lose, gradients that stop at LUVC or reach frozen
-    weights."""
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-
-    def adapted():
-        model = tiny(name)
-        torch.manual_seed(1)
-        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj", "qkv"]))
-
-    by_hand, model, rate, losses = adapted(), adapted(), 0.1, []
-    samples = [batch(tiny(name), [[1, f"image{i}", 5, 6, 7 + i]]) for i in range(4)]
-    for each in samples:
-        each["labels"] = torch.where(each["input_ids"] < IMAGE, each["input_ids"], -100)
-    with LUVC(by_hand, BOTH):
-        descent = torch.optim.SGD([p for p in by_hand.parameters() if p.requires_grad], rate)
-        for pair in (samples[:2], samples[2:]):
-            loss = sum(by_hand(**each).loss for each in pair) / 2
-            loss.backward()
-            descent.step()
-            descent.zero_grad()
-            losses.append(loss.item())
-    options = {"learning_rate": rate, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0}
-    options |= {
-        "max_steps": 2,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 2,
-        "logging_steps": 1,
-    }
-    options |= {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "use_cpu": True}
-    options |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True}
-    options = transformers.TrainingArguments(str(tmp_path), **options)
-    with LUVC(model, BOTH):
-        trainer = transformers.Trainer(
-            model, options, train_dataset=samples, data_collator=lambda one: one[0]
-        )
-        trainer.train()
-    assert [entry["loss"] for entry in trainer.state.log_history[:2]] == pytest.approx(
-        losses, rel=CLOSE["rtol"]
-    )
-    after, start = dict(model.named_parameters()), dict(adapted().named_parameters())
-    for key, weight in by_hand.named_parameters():
-        agree(after[key], weight, key)
-        assert weight.requires_grad or torch.equal(after[key], start[key]), f"{key} is frozen"
-    moved = {key.split(".")[3] for key, weight in after.items() if not torch.equal(weight, start[key])}
-    assert len(moved) == 2 and "language_model" in moved, f"adapters of the encoder and of the LLM: {moved}"
-
-
 @pytest.mark.parametrize("package", ["torchao.quantization", "optimum.quanto"])
-@torch.no_grad()
+@no_grad
 def test_quantised_weights(package):
-    """Weight-only int8: LUVC equals the dense reference with the same weights. Catches: weights that are
-    looked at where there are none, and a report that changes with the way they are stored."""
+    """Weight-only int8: LUVC equals the dense reference with the same weights. Catches: weights that are looked at
+    where there are none."""
     quant = pytest.importorskip(package, reason=f"{package} is not installed")
     model = tiny()
     inputs = batch(model, [[1, "image1", 5, 6], [1, "tall2", 8]])
-    with LUVC(model, BOTH) as luvc:
-        exact, report = model(**inputs).logits, luvc.report()
+    with LUVC(model, BOTH):
+        exact = model(**inputs).logits
     if package == "optimum.quanto":
         quant.quantize(model, weights=quant.qint8)
         quant.freeze(model)
     else:
         quant.quantize_(model, quant.Int8WeightOnlyConfig())
     plain, (want, _) = model(**inputs).logits, dense(model, inputs, BOTH)
-    with LUVC(model, BOTH) as luvc:
+    with LUVC(model, BOTH):
         got = model(**inputs).logits
-        assert luvc.report() == report
     text = (inputs["input_ids"] < IMAGE) & inputs["attention_mask"].bool()
     agree(got[text], want[text], "LUVC and the dense reference, both quantised")
     assert not torch.allclose(got[text], exact[text], **CLOSE), "nothing was quantised"
@@ -452,17 +342,15 @@ for folder in sys.argv[3:]:
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         out = model(**inputs)
         heads = getattr(out, sys.argv[1]).layers[0].keys.shape[1]
-        result = out.logits, attached.kept, ids, vars(attached.report()), heads
-    torch.save(result, f"{folder}/rank{os.environ['RANK']}.pt")
+        torch.save((out.logits, attached.kept, ids, heads), f"{folder}/rank{os.environ['RANK']}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
-@torch.no_grad()
+@no_grad
 def test_tensor_parallelism(tmp_path):
     """Two processes that share heads and channels of every layer, started as README says. Catches: ranks that
-    keep different tokens, so that they add up what does not belong together, and a report of one rank's
-    share."""
+    keep different tokens, so that they add up what does not belong together."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     want = {}
@@ -470,19 +358,18 @@ def test_tensor_parallelism(tmp_path):
         model, folder = tiny(name), tmp_path / name
         inputs = batch(model, [[1, "image1", 5, 6], [1, "tall2", "image3", 8]])
         with LUVC(model, BOTH) as luvc:
-            ids, logits = model.generate(**inputs, **GREEDY), model(**inputs).logits
-            want[folder] = logits, luvc.kept, ids, vars(luvc.report()), 2
+            want[folder] = model.generate(**inputs, **GREEDY), model(**inputs).logits, luvc.kept
         model.save_pretrained(folder)
         torch.save(inputs, folder / "inputs.pt")
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "rank.py"), CACHE, reference.__file__, *map(str, want)]
-    threads = {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ | threads)
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=threads)
     assert done.returncode == 0, done.stderr[-3000:]
-    for folder, (logits, kept, ids, report, heads) in want.items():
+    for folder, (ids, logits, kept) in want.items():
         for rank in ("rank0.pt", "rank1.pt"):
             got = torch.load(folder / rank)
             agree(got[0], logits, f"{folder.name}, {rank}")
-            assert str(got[1]) == str(kept) and torch.equal(got[2], ids) and got[3] == report
-            assert got[4] == heads // 2, "each rank stores the keys of its own heads"
+            assert str(got[1]) == str(kept) and torch.equal(got[2], ids)
+            assert got[3] == 1, "each rank stores the keys of its own heads"
