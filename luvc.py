@@ -929,32 +929,26 @@ class Packed(Tiles):
 
     def __init__(self, family: "Family", grids: list[Grid], shapes: list[tuple[int, int]]):
         super().__init__(family, grids, shapes)
-        self.arrange([(1, *shape) for shape in shapes])
+        side, thw, device = family.per_side, self.arrange(), grids[0].size.device
         # The encoder has frame after frame, here those of one size stand together.
         number = torch.tensor(self.number).repeat_interleave(
             torch.tensor(shapes).prod(1)
         )  # of each image token
-        self.order = number.argsort(stable=True).argsort().to(self.order.device)[self.order]
-        self.whole = self.order  # before anything is merged
+        self.order = self.whole = self.order[number.argsort(stable=True).argsort().to(device)]
         # Row and column of each patch: (image tokens, per_side * per_side * 2), of each grid.
-        side, thw = family.per_side, self.patches([grid.size.shape for grid in grids])
         places = vision_utils.get_vision_position_ids(thw, side).view(-1, side * side * 2)
-        places = places.to(self.order.device, torch.float32)
-        self.places = places.split([grid.token.numel() for grid in grids])
+        self.places = places.to(device, torch.float32).split([grid.token.numel() for grid in grids])
 
-    def patches(self, shapes: list[tuple[int, int, int]]) -> Tensor:
-        """Frames, rows and columns of image tokens -> of patches, as transformers' functions want them."""
-        return torch.tensor(shapes) * torch.tensor([1, self.family.per_side, self.family.per_side])
-
-    def arrange(self, shapes: list[tuple[int, int, int]] | None = None) -> None:
+    def arrange(self) -> Tensor:
         vision, side, device = self.family.vision, self.family.per_side, self.grids[0].size.device
-        thw = self.patches(shapes or [grid.size.shape for grid in self.grids])
+        thw = torch.tensor([[n, h * side, w * side] for n, h, w in (grid.size.shape for grid in self.grids)])
         self.frames, self.cos_sin = vision_utils.get_vision_cu_seqlens(thw).to(device), None
         self.order = torch.arange(int(thw.prod(1).sum()) // side**2, device=device)
         if hasattr(vision, "fullatt_block_indexes"):
             sizes = vision.window_size, vision.patch_size
             order, windows = vision_utils.get_vision_window_index(thw, side, *sizes)
             self.order, self.windows = order.to(device), windows.to(device)
+        return thw
 
     def to_grids(self, x: Tensor) -> list[Tensor]:
         x = x.reshape(len(self.order), -1)[self.order.argsort()]
