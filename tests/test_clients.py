@@ -4,6 +4,7 @@ several devices or processes. Each thing works; what does not is in test_refused
 import concurrent.futures
 import copy
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from test_luvc import (
     PRUNER,
     QWENS,
     LUVCConfig,
+    Merger,
     agree,
     attributes,
     batch,
@@ -85,20 +87,20 @@ def test_threads_share_one_attached_model(name):
 def test_a_call_within_a_call(name):
     """Say in a hook that somebody put into a layer or an encoder's block. Catches: the outer call that goes on with
     the pictures, the prompt or the ids of the inner one."""
-    model = tiny(name)
+    model, got, hooks = tiny(name), [], []
     outer, inner = batch(model, [[1, "image1", 5, "tall2", 6]]), batch(model, [[1, 5, "tall3", 7, 8], [1, 2]])
-    got, hooks = [], []
-    with LUVC(model, BOTH) as luvc:
-        want = model(**outer).logits, model(**inner).logits
-        for module in (luvc.family.blocks[2], luvc.family.projectors[0], model.get_decoder().layers[1]):
+    family, layer = LUVC(model).family, model.get_decoder().layers[1]
 
-            def call(*_):
-                hooks.pop().remove()
-                got.append(model(**inner).logits)
+    def call(*_):
+        hooks.pop().remove()
+        got.append(model(**inner).logits)
 
+    for kind, module in itertools.product((LUVC, Merger), (family.blocks[2], family.projectors[0], layer)):
+        with kind(model, BOTH):
+            want = model(**outer).logits, model(**inner).logits
             hooks.append(module.register_forward_pre_hook(call))
-            assert torch.equal(model(**outer).logits, want[0]), "another answer with a call within"
-            assert torch.equal(got.pop(), want[1]), "another answer within a call"
+            assert torch.equal(model(**outer).logits, want[0]), f"{kind.__name__}: another answer outside"
+            assert torch.equal(got.pop(), want[1]), f"{kind.__name__}: another answer inside"
 
 
 def test_pipeline_and_streaming_run_unchanged(toy, capsys):
