@@ -761,7 +761,7 @@ class Pruner(Hook):
         before = nn.functional.pad(ids * image, (1, 0))[:, :-1]
         where = image.flatten().nonzero()[:, 0]
         run = (image & (before != ids)).flatten().cumsum(0)[where]  # 1 1 1 2 2 ...: whose each placeholder is
-        if self.find_copies is not None:
+        if self.find_copies is not None and len(where):
             middle, copies = self.find_copies(embeds.flatten(0, 1)[where.to(device)], run)
             size[where] = 0.0
             where, run = where[middle], run[middle]
