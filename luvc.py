@@ -345,7 +345,7 @@ class LUVCConfig:
         falls = each == sorted(each, reverse=True)  # a pruned token never comes back
         if len(each) != layers or not all(0 <= fraction <= 1 for fraction in each) or not falls:
             raise ValueError(
-                f"llm_keep={self.llm_keep}: one in [0, 1], or for {layers} layers as many, never rising"
+                f"llm_keep={self.llm_keep}: one in [0, 1], or {layers} for {layers} layers, falling"
             )
         return each
 
@@ -385,9 +385,7 @@ class Hook(contextlib.ExitStack):
         """
         for (module, name), new in self.replaced.items():
             if module.__dict__.get(name) is not new:
-                raise ValueError(
-                    f"{type(module).__name__}.{name} was changed since attach(): undo that first"
-                )
+                raise ValueError(f"undo first what was done to {type(module).__name__}.{name} since attach()")
         self.replaced = {}
         return super().__exit__(*exception)
 
@@ -931,10 +929,8 @@ class Packed(Tiles):
         super().__init__(family, grids, shapes)
         side, thw, device = family.per_side, self.arrange(), grids[0].size.device
         # The encoder has frame after frame, here those of one size stand together.
-        number = torch.tensor(self.number).repeat_interleave(
-            torch.tensor(shapes).prod(1)
-        )  # of each image token
-        self.order = self.whole = self.order[number.argsort(stable=True).argsort().to(device)]
+        grid_of = torch.tensor(self.number).repeat_interleave(torch.tensor(shapes).prod(1))  # image tokens
+        self.order = self.whole = self.order[grid_of.argsort(stable=True).argsort().to(device)]
         # Row and column of each patch: (image tokens, per_side * per_side * 2), of each grid.
         places = vision_utils.get_vision_position_ids(thw, side).view(-1, side * side * 2)
         self.places = places.to(device, torch.float32).split([grid.token.numel() for grid in grids])
@@ -967,14 +963,12 @@ class Packed(Tiles):
 
     def arguments(self, number: int, x: Tensor, kwargs: dict) -> dict:
         if self.cos_sin is None:  # a position is the mean over what was merged; it need not be a whole number
-            means = [
-                grid.mean(place.to(x.device)) for grid, place in zip(self.grids, self.places, strict=True)
-            ]
+            pairs = zip(self.grids, self.places, strict=True)
+            means = [grid.mean(place.to(x.device)) for grid, place in pairs]
             self.cos_sin = self.family.vision.rotary_pos_emb(x, self.from_grids(means, x))
         full = number in getattr(self.family.vision, "fullatt_block_indexes", [number])
         ends = self.frames if full else self.windows
-        if kwargs.get("max_seqlen") is not None:  # FlashAttention asks for it
-            kwargs["max_seqlen"] = int(ends.diff().max())
+        # FlashAttention's max_seqlen stays: the plain model's longest frame is an upper bound, which will do.
         return kwargs | {"cu_seqlens": ends, "position_embeddings": self.cos_sin}
 
 
