@@ -344,9 +344,7 @@ class LUVCConfig:
         each = list(each) if isinstance(each, Sequence) else [each] * layers
         falls = each == sorted(each, reverse=True)  # a pruned token never comes back
         if len(each) != layers or not all(0 <= fraction <= 1 for fraction in each) or not falls:
-            raise ValueError(
-                f"llm_keep={self.llm_keep}, {layers} layers: one in [0, 1], or one each, falling"
-            )
+            raise ValueError(f"llm_keep={self.llm_keep}, {layers} layers: one in [0, 1] or one each, falling")
         return each
 
 
