@@ -1,18 +1,19 @@
-"""luvc.py as a course assignment: four tasks, nine functions. docs/teaching.md is the teacher's page.
+"""luvc.py as a course assignment: four tasks, ten functions. docs/teaching.md is the teacher's page.
 
-    python tests/assignment.py student.py                      # write luvc.py without the nine bodies
+    python tests/assignment.py student.py                      # write luvc.py without the ten bodies
     python tests/assignment.py student.py --task 1             # what is wrong with task 1: one example at a time
     python tests/assignment.py student.py --mark               # points, with the examples that students have
     python tests/assignment.py student.py --mark --seed 7      # points, with other examples
 
-The tests are those of test_luvc.py and tests/ that carry a mark task1 to task4. A test's mark is the latest task that
-it needs, so a mistake in one task fails no test of an earlier one.
+Task 4 has two halves: the forty-line SmallPruner of walkthrough.ipynb, put in front of luvc.py's section 4, and
+`run_layer`. RUBRIC names the tests of a task. A mistake in one task fails no test of an earlier one.
 """
 
 import argparse
 import ast
 import contextlib
 import io
+import json
 import os
 import sys
 import time
@@ -22,9 +23,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["test_luvc.py", "tests/test_functions.py", "tests/test_encoder.py"]
+FILES = ["test_luvc.py", "tests/test_functions.py", "tests/test_small.py"]
 
-TAUGHT = {  # function or Class.method -> (task, what is to be written, arithmetic that is given); in luvc.py's order
+TAUGHT = {  # function or Class.method -> (task, what is to be written, lines that are given); in the file's order
     "merge_axis": (1, "merge neighbouring tokens along one axis of the grid", ""),
     "merge_plan": (2, "decide which axis merges at which step, and to how many tokens", ""),
     "follow": (2, "say which token of the merged grid each original token is in", ""),
@@ -37,108 +38,97 @@ TAUGHT = {  # function or Class.method -> (task, what is to be written, arithmet
         "(score * 2**14).round()",
     ),
     "inherit": (3, "pass the sizes of pruned tokens on to those that stay", ""),
-    "Prompt.prune": (
+    "SmallPruner.gather": (
         4,
-        "prune for the next layer",
-        "self.select()  # at the end, if anything changed",
+        "choose the positions of this layer; return (args, kwargs) with these alone",
+        "(hidden,) = args  # (1, S, C), the whole sequence; `scatter` needs it\n"
+        "math.floor(self.fractions[number] * int(self.is_image.sum()) + 0.5)  # how many image tokens may stay\n"
+        "self.kept.append(self.index)\n"
+        'cos, sin = kwargs["position_embeddings"]  # of all positions, (1, S, head size): gather them as well\n'
+        'kwargs["position_ids"] = kwargs["attention_mask"] = None  # the causal mask is the kernel\'s',
     ),
+    "SmallPruner.scatter": (4, "put the layer's output (1, K, C) back into the whole sequence", ""),
     "run_layer": (
         4,
-        "gather the rows that are kept, run the layer, scatter its output back",
-        "prompt: Prompt = kwargs.pop('prompt')\n"
-        "take(hidden, prompt.index)  # unless the index is None\n"
-        "kwargs | enter(layer, number, prompt, x, kwargs)  # what `plain` gets beside x\n"
-        "torch.where(prompt.here[..., None] > 0, out, x)  # if prompt.ragged\n"
-        "put(hidden, prompt.index, out)",
+        "prune, gather what is kept, run the layer, scatter its output back",
+        'prompt, cache = kwargs.pop("prompt"), kwargs[CACHE]\n'
+        "move(hidden.device, prompt, *prompt.pictures)  # first of all: layers may be on several devices\n"
+        "prompt.layers.append(prompt.size)  # once it is pruned; with pruner.fractions and pruner.config.prune\n"
+        "store = None if cache is None else cache.layers[number]\n"
+        "store.expect(prompt)  # if there is one; if not, and prompt.weigh: key_channels=prompt.channels\n"
+        'kwargs["attention_mask"] = prompt.mask(store, x, pruner.decoder.config)  # x: what the layer runs on\n'
+        'kwargs["position_ids"] = None  # and "position_embeddings", cosines and sines, are gathered as x is',
     ),
 }
 
 RULES = """
-# The assignment: write the nine functions that raise NotImplementedError, from their docstrings. Whatever a docstring
-# does not say otherwise, these rules hold for all of them, and tests check them:
+# The assignment: write the functions that raise NotImplementedError, from their docstrings. Whatever these do not say
+# otherwise, some rules hold for tasks 1 to 3, and tests check them:
 #
 #   * An input is never written to, and neither is the result of an earlier call.
 #   * The same input gives the same result; the global random state is neither read nor set.
-#   * Results can be differentiated with respect to tokens and sizes, where these are floating.
 #   * Half precision is too coarse for sums, norms and similarities: compute in float32 (float64 for float64, unless the
 #     docstring says float32), and return the dtype that the docstring says.
 #   * Results are on the device of the inputs. No number is read on the host (`.item()`, `.tolist()`, `bool(tensor)`,
 #     `nonzero`, a mask as an index): on a GPU the host would wait there.
-#   * No Python loop over samples, lines, pictures of one group, or tokens: the number of torch operations is the same
-#     for few and for many. No table of all pairs of tokens, except in `inherit`.
+#   * No Python loop over samples, lines or tokens: the number of torch operations is the same for few and for many. No
+#     table of all pairs of tokens, except in `inherit`.
 """
-
-RUBRIC = {  # task -> [(what is tested, points, tests)]
-    1: [
-        ("small cases by hand", 5, ["test_merge_by_hand"]),
-        ("any grid, against plain loops", 8, ["test_merge_equals_plain_loops"]),
-        ("precision and dtypes", 4, ["test_merge_computes_in_float32_or_better", "test_merge_keeps_dtypes"]),
-        ("gradients of tokens and sizes", 3, ["test_merge_has_gradients"]),
-        ("inputs, random state and earlier results left alone", 2, ["test_merge_leaves_no_trace"]),
-        ("cost: no loops, no waiting", 2, ["test_merge_costs_what_it_should"]),
-        ("errors", 1, ["test_merge_refuses_bad_input"]),
-    ],
-    2: [
-        ("the plan by hand", 3, ["test_plan_by_hand"]),
-        ("any plan", 3, ["test_plan_alternates_and_arrives"]),
-        ("following tokens by hand", 3, ["test_follow_by_hand"]),
-        ("following tokens over any two merges", 3, ["test_follow_equals_plain_loops"]),
-        ("sizes arrive at the right slots", 1, ["test_signposts_say_what_was_merged"]),
-        ("cost, and nothing left behind", 1, ["test_follow_leaves_no_trace_and_costs_what_it_should"]),
-        ("errors", 1, ["test_plan_refuses_bad_input"]),
-    ],
-    3: [
-        ("the filter by hand", 3, ["test_low_pass_by_hand"]),
-        ("the filter on any sequence", 4, ["test_low_pass_equals_the_sum_of_waves"]),
-        ("dtypes, dimensions, gradients, scale", 3, ["test_filter_dtype_dim_gradient_and_scale"]),
-        ("the score", 4, ["test_score_measures_what_it_says_anywhere", "test_score_has_a_gradient"]),
-        ("the choice by hand", 3, ["test_prune_by_hand"]),
-        ("the choice on any sequence", 4, ["test_prune_keeps_the_highest_scores_in_order"]),
-        ("ties", 2, ["test_prune_constant_signal_is_all_ties", "test_prune_ties_up_to_rounding"]),
-        ("directions, projection", 2, ["test_prune_sees_directions_only", "test_scores_in_a_projection"]),
-        ("sizes that are inherited", 2, ["test_inherit_by_hand", "test_inherit_equals_plain_loops"]),
-        ("their precision and gradients", 1, ["test_inherit_is_exact", "test_inherit_has_a_gradient"]),
-        (
-            "cost, and nothing left behind",
-            1,
-            ["test_pruning_leaves_no_trace", "test_pruning_costs_what_it_should"],
-        ),
-        ("errors", 1, ["test_pruning_refuses_bad_input"]),
-    ],
-    4: [
-        ("Prompt.prune by hand: one picture", 5, ["test_prompt_by_hand"]),
-        ("Prompt.prune by hand: a batch of pictures", 5, ["test_pictures_stand_alone_by_hand"]),
-        ("what it hands on: dtype, gradients", 2, ["test_scheme_sees_the_layers_input"]),
-        ("run_layer by hand", 6, ["test_one_layer_by_hand"]),
-        (
-            "cost, and no waiting",
-            2,
-            ["test_prune_costs_what_it_should", "test_layers_do_not_wait_for_the_device"],
-        ),
-        ("a model against the dense reference", 4, ["test_physical_equals_logical", "test_pruner_alone"]),
-        (
-            "batches, hidden states",
-            1,
-            ["test_batch_gives_what_its_samples_give", "test_hidden_states_stay_logical"],
-        ),
-        ("gradients of a model", 1, ["test_gradients_equal_the_references"]),
-        (
-            "generation: a KV cache, turns, beams",
-            2,
-            [
-                "test_cached_generation_equals_the_reference",
-                "test_decoding_with_a_cache_equals_recomputation",
-                "test_turns_of_interleaved_conversations",
-            ],
-        ),
-        (
-            "kernels, reports, hooks that come out again",
-            1,
-            ["test_flash_attention_contract", "test_merger_alone", "test_detach_restores_the_model"],
-        ),
-        ("anything: random conversations", 1, ["test_any_conversation_equals_the_reference"]),
-    ],
+RUBRIC = {  # task -> {what is tested: (points, tests)}
+    1: {
+        "small cases by hand": (5, ["test_merge_by_hand"]),
+        "any grid, against plain loops": (8, ["test_merge_equals_plain_loops"]),
+        "precision, dtypes": (7, ["test_merge_computes_in_float32_or_better", "test_merge_keeps_dtypes"]),
+        "inputs, random state and earlier results left alone": (2, ["test_merge_leaves_no_trace"]),
+        "cost: no loops, no waiting": (2, ["test_merge_costs_what_it_should"]),
+        "errors": (1, ["test_merge_refuses_bad_input"]),
+    },
+    2: {
+        "the plan by hand": (3, ["test_plan_by_hand"]),
+        "any plan": (3, ["test_plan_alternates_and_arrives"]),
+        "following tokens by hand": (3, ["test_follow_by_hand"]),
+        "following tokens over any two merges": (4, ["test_follow_equals_plain_loops"]),
+        "cost, and nothing left behind": (1, ["test_follow_leaves_no_trace_and_costs_what_it_should"]),
+        "errors": (1, ["test_plan_refuses_bad_input"]),
+    },
+    3: {
+        "the filter by hand": (3, ["test_low_pass_by_hand"]),
+        "the filter on any sequence": (4, ["test_low_pass_equals_the_sum_of_waves"]),
+        "dtypes, dimensions, scale": (4, ["test_filter_dtype_dim_and_scale"]),
+        "the score": (4, ["test_score_measures_what_it_says_anywhere"]),
+        "the choice by hand": (3, ["test_prune_by_hand"]),
+        "the choice on any sequence": (4, ["test_prune_keeps_the_highest_scores_in_order"]),
+        "ties": (2, ["test_prune_constant_signal_is_all_ties", "test_prune_ties_up_to_rounding"]),
+        "directions, projection": (2, ["test_prune_sees_directions_only", "test_scores_in_a_projection"]),
+        "sizes": (2, ["test_inherit_by_hand", "test_inherit_equals_plain_loops", "test_inherit_is_exact"]),
+        "cost, nothing left": (1, ["test_pruning_leaves_no_trace", "test_pruning_costs_what_it_should"]),
+        "errors": (1, ["test_pruning_refuses_bad_input"]),
+    },
+    4: {
+        "the small Pruner by hand": (8, ["test_small_pruner_by_hand"]),
+        "the small Pruner against masks": (7, ["test_small_pruner_equals_a_masked_model"]),
+        "run_layer by hand": (7, ["test_one_layer_by_hand"]),
+        "a model against the dense reference": (4, ["test_physical_equals_logical", "test_pruner_alone"]),
+        "batches": (1, ["test_batch_gives_what_its_samples_give"]),
+        "a KV cache": (2, ["test_cached_generation_equals_the_reference"]),
+        "turns": (1, ["test_turns_of_interleaved_conversations"]),
+    },
 }
+# Tests run in this order: small cases come first.
+ORDER = {name: task for task, groups in RUBRIC.items() for _, names in groups.values() for name in names}
+
+
+def small_pruner() -> str:
+    """The class of the notebook's section 7."""
+    cells = json.loads((ROOT / "walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
+    return next(text for cell in cells if (text := "".join(cell["source"])).startswith("class SmallPruner"))
+
+
+def solved() -> str:
+    """The file of which students get a part: luvc.py with the small Pruner in front of section 4."""
+    luvc = (ROOT / "luvc.py").read_text(encoding="utf-8")
+    before, ruler, behind = luvc.partition("# ==== 4. ")
+    return f"{before}# ==== Task 4 begins here ====\n\n\n{small_pruner().rstrip()}\n\n\n{ruler}{behind}"
 
 
 def functions(source: str) -> dict[str, ast.FunctionDef]:
@@ -151,37 +141,38 @@ def functions(source: str) -> dict[str, ast.FunctionDef]:
     return found
 
 
-def stub_of(name: str, indent: str) -> list[str]:
-    """The lines that stand for the body of a taught function."""
-    task, what, given = TAUGHT[name]
-    lines = [f"    {line}" for line in given.splitlines()]
-    lines = [f"{indent}# {line}" for line in (["Given, in no order:", *lines] if lines else [])]
-    return [*lines, f'{indent}raise NotImplementedError("Task {task}: {what}")']
-
-
 def assignment(source: str, tasks=(1, 2, 3, 4)) -> str:
-    """The source of luvc.py without the bodies of the functions taught in `tasks`; docstrings stay."""
+    """A source without the bodies of the functions taught in `tasks`; docstrings stay."""
     found, lines = functions(source), source.split("\n")  # as ast counts them, which splitlines does not
     # The syntax tree only says where a body is: cutting lines leaves comments and formatting elsewhere as they are.
     # From the end on, so that line numbers stay right.
-    for name, (task, *_) in reversed(TAUGHT.items()):
+    for name, (task, what, given) in reversed(TAUGHT.items()):
         if task in tasks:
             assert ast.get_docstring(found[name]), f"{name} has no docstring to say what is to be written"
             doc = found[name].body[0]
-            lines[doc.end_lineno : found[name].end_lineno] = stub_of(name, " " * doc.col_offset)
+            hints = ["# Given, in no order:", *(f"#     {line}" for line in given.splitlines())]
+            stub = [*(hints if given else []), f'raise NotImplementedError("Task {task}: {what}")']
+            lines[doc.end_lineno : found[name].end_lineno] = [" " * doc.col_offset + line for line in stub]
     end = ast.parse(source).body[0].end_lineno  # of the file's docstring
     lines[end:end] = RULES.rstrip("\n").split("\n")
     return "\n".join(lines)
 
 
-class Outcome:
-    """A plugin of pytest that notes for each test its name, its task, and why it failed, "" if it passed."""
+def task_of(item) -> int:
+    """The task that a test belongs to; 0: none. Of the families of models LLaVA is enough."""
+    family = getattr(item, "callspec", None) and item.callspec.params.get("name", "llava-clip")
+    return ORDER.get(item.originalname, 0) if family in (None, "llava-clip") else 0
 
-    def __init__(self, student: Path, first: bool):
-        self.student, self.first, self.tests = student, first, []
+
+class Outcome:
+    """A plugin of pytest that takes down for each test its name, its task, and why it failed, "" if it passed."""
+
+    def __init__(self, student: Path, tasks, first: bool):
+        self.student, self.tasks, self.first, self.tests = student, tasks, first, []
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = sorted((item for item in items if item.originalname in ORDER), key=in_order)
+        chosen = [item for item in items if task_of(item) in self.tasks]
+        items[:] = sorted(chosen, key=lambda item: list(ORDER).index(item.originalname))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
@@ -194,26 +185,11 @@ class Outcome:
         return report
 
     def pytest_collectreport(self, report):
-        if report.failed:
-            self.tests.append(("import", 0, str(report.longrepr).strip()))
-
-
-# Tests run in the order of the rubric: small cases come first.
-ORDER = [name for groups in RUBRIC.values() for _, _, names in groups for name in names]
-
-
-def in_order(item) -> int:
-    return ORDER.index(item.originalname)
-
-
-def task_of(item) -> int:
-    """The latest task that a test needs; 0: none."""
-    return max([0, *(int(mark.name[4:]) for mark in item.iter_markers() if mark.name.startswith("task"))])
+        self.tests += [("import", 0, str(report.longrepr).strip())] if report.failed else []
 
 
 def explain(error: BaseException, student: Path) -> str:
-    """Why a test failed, without the test's text: its message, the example that was drawn, the place in the student's
-    file."""
+    """Why a test failed, without the test's text: its message, the example that was drawn, the student's line."""
     while getattr(error, "exceptions", ()):  # several examples, failing in several ways
         error = error.exceptions[0]
     message = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
@@ -223,17 +199,21 @@ def explain(error: BaseException, student: Path) -> str:
     places = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == student]
     if places and not isinstance(error, AssertionError):
         message += f"\n{student.name}, line {places[-1].lineno}, in {places[-1].name}: {places[-1].line}"
-    return message
+    return message or "an assertion without a message"
+
+
+def run_pytest(plugin, *options) -> None:
+    """Collect FILES and run what the plugin chooses, in silence."""
+    more = ["-q", "--tb=no", "--assert=plain", "-pno:cacheprovider", "-pno:warnings", f"--rootdir={ROOT}"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main([*(str(ROOT / name) for name in FILES), *more, *options], [plugin])
 
 
 def run(file: Path, tasks, seed=None, first=False) -> list[tuple[str, int, str]]:
     """Test a student's file: [(test, task, why it failed, or "")]."""
     os.environ |= {"LUVC_MODULE": str(file), "LUVC_PROFILE": "quick" if seed is None else "seeded"}
-    outcome, options = Outcome(file.resolve(), first), ["-m", " or ".join(f"task{n}" for n in tasks)]
-    options += ["-q", "--tb=no", "--assert=plain", "-pno:cacheprovider", "-pno:warnings", f"--rootdir={ROOT}"]
-    options += [] if seed is None else [f"--hypothesis-seed={seed}"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main([*(str(ROOT / name) for name in FILES), *options], [outcome])
+    outcome = Outcome(file.resolve(), tasks, first)
+    run_pytest(outcome, *([] if seed is None else [f"--hypothesis-seed={seed}"]))
     return outcome.tests
 
 
@@ -241,25 +221,16 @@ def show(tests, tasks) -> str:
     """The rubric, filled in."""
     lines, all_points, all_full = [], 0.0, 0
     for task in tasks:
-        points, full = 0.0, sum(worth for _, worth, _ in RUBRIC[task])
-        groups = []
-        for title, worth, names in RUBRIC[task]:
+        groups, points = [], 0.0
+        for title, (worth, names) in RUBRIC[task].items():
             results = [why for name, _, why in tests if name in names]
             got = worth * sum(not why for why in results) / len(results) if results else 0.0
             points += got
             groups.append(f"  {got:4.1f} of {worth:2d}  {title}")
+        full = sum(worth for worth, _ in RUBRIC[task].values())
         lines += [f"Task {task}: {points:.1f} of {full}", *groups]
         all_points, all_full = all_points + points, all_full + full
     return "\n".join([*lines, f"Total: {all_points:.1f} of {all_full}"])
-
-
-def write(file: Path) -> None:
-    """Write the student's file. Raises: OSError or ValueError; nothing is written then."""
-    luvc = ROOT / "luvc.py"
-    if file.resolve() == luvc:
-        raise ValueError("that is the reference itself; name another file")
-    with open(file, "x", encoding="utf-8") as stream:  # "x" never overwrites
-        stream.write(assignment(luvc.read_text(encoding="utf-8")))
 
 
 def main(argv=None) -> int:
@@ -273,7 +244,8 @@ def main(argv=None) -> int:
     tasks = args.task or list(RUBRIC)
     try:
         if not args.mark and not args.task:
-            write(args.file)
+            with open(args.file, "x", encoding="utf-8") as stream:  # "x" never overwrites
+                stream.write(assignment(solved()))
             print(f"{args.file}: {len(TAUGHT)} functions to write. Test task 1:")
             print(f"    python {os.path.relpath(Path(__file__))} {args.file} --task 1")
             return 0
