@@ -1,4 +1,5 @@
 """The merger inside of the encoders, patch by patch: what merges, who gets the feature, and what is a copy of what."""
+# ruff: noqa: I001
 
 import itertools
 
@@ -7,35 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_luvc import (
-    ANYRES,
-    BOTH,
-    CLASS_TOKEN,
-    CLOSE,
-    EPS,
-    FAMILIES,
-    IMAGE,
-    LUVC,
-    PRUNER,
-    QWENS,
-    SHUFFLED,
-    SIDE,
-    VIDEO,
-    WINDOWS,
-    LUVCConfig,
-    Merger,
-    agree,
-    batch,
-    copies_by_hand,
-    dense,
-    merge_axis,
-    merge_plan,
-    random,
-    reference,
-    same,
-    spy,
-    tiny,
-)
+from test_luvc import ANYRES, BOTH, CLASS_TOKEN, CLOSE, EPS, FAMILIES, IMAGE, LUVC, PRUNER, QWENS, SHUFFLED
+from test_luvc import SIDE, VIDEO, WINDOWS, LUVCConfig, Merger, agree, batch, copies_by_hand, dense
+from test_luvc import merge_axis, merge_plan, random, reference, same, spy, tiny
 
 THREE_BLOCKS = ["llava-clip", "llava-full", "llava-dinov2"]  # of four: an earlier output is taken
 in_place = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ANYRES])
@@ -229,23 +204,34 @@ def test_merging_equal_neighbours_is_exact(name):
 
 def picture_of(model, H, W):
     """Inputs with a picture of H x W image tokens, whatever the config says of a tile's size."""
-    side = 4 * (2 if model.name in SHUFFLED else 1)
-    pixels = torch.randn(1, 3, H * side, W * side, generator=torch.Generator().manual_seed(0))
-    pixels = pixels[None] if model.name in ("idefics3", "smolvlm") else pixels
+    side, noise = 4 * (2 if model.name in SHUFFLED else 1), torch.Generator().manual_seed(0)
     ids = torch.tensor([[1, 5, *[IMAGE] * (H * W), 6, 7]])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.name in QWENS:
+        pixels = {"pixel_values": torch.randn(4 * H * W, 96, generator=noise)}
+        grid = {
+            "image_grid_thw": torch.tensor([[1, 2 * H, 2 * W]]),
+            "mm_token_type_ids": (ids == IMAGE).int(),
+        }
+        return inputs | pixels | grid
+    pixels = torch.randn(1, 3, H * side, W * side, generator=noise)
+    if model.name in ("idefics3", "smolvlm"):
+        return inputs | {"pixel_values": pixels[None]}
+    return inputs | {"pixel_values": pixels, "interpolate_pos_encoding": model.name == "llava-clip"}
 
 
-@pytest.mark.parametrize(
-    ("name", "H", "W"), [("llava-clip", 3, 12), ("llava-dinov2", 2, 4), ("idefics3", 3, 3), ("smolvlm", 4, 4)]
-)
+GEOMETRIES = [("llava-clip", 3, 12), ("llava-dinov2", 2, 4), ("idefics3", 3, 3), ("smolvlm", 4, 4)]
+GEOMETRIES += [(name, 1, 1) for name in ("llava-clip", "llava-dinov2", "idefics3", *QWENS)]
+
+
+@pytest.mark.parametrize(("name", "H", "W"), GEOMETRIES)
 @torch.no_grad()
 def test_geometry_is_that_of_the_pixels(name, H, W):
-    """Position embeddings that are interpolated, tiles smaller than `image_size`. Catches: a grid from the config: a
-    picture of 3 x 12 has as many tokens as one of 6 x 6, and would be merged as such."""
+    """Position embeddings that are interpolated, tiles smaller than `image_size`, a picture of one token. Catches: a
+    grid from the config (3 x 12 has as many tokens as 6 x 6, and would be merged as such); what takes for granted that
+    there is something to merge or prune."""
     model = tiny(name)
     inputs = picture_of(model, H, W)
-    inputs |= {"interpolate_pos_encoding": True} if name == "llava-clip" else {}
     with LUVC(model, BOTH) as luvc:
         got, (token,) = model(**inputs).logits, luvc.groups
     *_, (_, h, w) = merge_plan(H, W, 0.45, len(luvc.family.blocks) - 1)
@@ -253,8 +239,8 @@ def test_geometry_is_that_of_the_pixels(name, H, W):
     same((int(rows.max()) + 1, int(columns.max()) + 1), (h, w), f"the grid that {H} x {W} became")
     ordered = (rows.diff(dim=0) >= 0).all() and (columns.diff(dim=1) >= 0).all()
     assert ordered, f"these are no merges of neighbours along lines: {token.view(H, W)}"
-    text = inputs["input_ids"] < IMAGE
-    agree(got[text], dense(model, inputs, BOTH)[0][text], "other logits than with copies masked")
+    want = dense(model, inputs, BOTH)[0][:, -2:]
+    agree(got[:, -2:], want, "other logits than with copies masked")
 
 
 @pytest.mark.parametrize("name", QWENS)
@@ -292,3 +278,19 @@ def test_few_blocks_with_the_merger_off(blocks):
     want, _ = dense(model, inputs, PRUNER)
     with LUVC(model, PRUNER):
         agree(model(**inputs).logits[:, -2:], want[:, -2:], "the Pruner alone")
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl"])
+def test_gradients_of_the_pixels(name):
+    """Catches: a gradient that stops at a merge, a copy, its number, or a gather."""
+    model = tiny(name)
+    inputs = batch(model, [[1, "image1", 5, "tall2", 6]])
+    pixels = inputs["pixel_values"].requires_grad_()
+    with LUVC(model, BOTH):
+        got = model(**inputs).logits[:, -1]
+    pair = [
+        torch.autograd.grad(logits.square().sum(), pixels)[0]
+        for logits in (got, dense(model, inputs, BOTH)[0][:, -1])
+    ]
+    scale = pair[1].abs().max()
+    agree(pair[0] / scale, pair[1] / scale, "another gradient than with pruned tokens masked")

@@ -1,42 +1,32 @@
-"""The families' own processors, saved and loaded, through the command line."""
-
-import json
+"""The families' own processors, saved and loaded: from a picture file and a question to an answer."""
 
 import pytest
 import transformers
 
-from test_luvc import IMAGE, PRUNED_ONLY, SIDE, TILES, reference, tiny
+from test_luvc import IMAGE, LUVC, SIDE, TILES, tiny
 
 # family -> (its processor, image processor and video processor, and settings of these for the tiny model)
 QWEN_PIXELS = {"patch_size": 4, "merge_size": 2, "min_pixels": 64 * 64, "max_pixels": 96 * 96}
-
-
 SQUARE = {"height": 24, "width": 24}
-
-
+IDEFICS = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 48}}
+CLIP = (
+    {"size": {"shortest_edge": 24}, "crop_size": SQUARE},
+    {"patch_size": 4, "num_additional_image_tokens": 1},
+)
 PROCESSORS = {
-    "llava-clip": ("Llava", "CLIP", "", {"size": {"shortest_edge": 24}, "crop_size": SQUARE},
-                   {"patch_size": 4, "num_additional_image_tokens": 1}),
-    "llava_next": ("LlavaNext", "LlavaNext", "",
-                   {"size": {"shortest_edge": 24}, "crop_size": SQUARE, **TILES},
-                   {"patch_size": 4, "num_additional_image_tokens": 1}),
+    "llava-clip": ("Llava", "CLIP", "", *CLIP),
+    "llava_next": ("LlavaNext", "LlavaNext", "", CLIP[0] | TILES, CLIP[1]),
     "llava_onevision": ("LlavaOnevision", "LlavaOnevision", "LlavaOnevision", {"size": SQUARE, **TILES},
                         {"num_image_tokens": SIDE**2}),
     "internvl": ("InternVL", "GotOcr2", "InternVL",
                  {"size": {"height": 48, "width": 48}, "crop_to_patches": True, "max_patches": 4},
                  {"image_seq_length": SIDE**2}),
-    "idefics3": ("Idefics3", "Idefics3", "",
-                 {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 48}},
-                 {"image_seq_len": SIDE**2}),
-    "smolvlm": ("SmolVLM", "SmolVLM", "SmolVLM",
-                {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 48}},
-                {"image_seq_len": SIDE**2}),
+    "idefics3": ("Idefics3", "Idefics3", "", IDEFICS, {"image_seq_len": SIDE**2}),
+    "smolvlm": ("SmolVLM", "SmolVLM", "SmolVLM", IDEFICS, {"image_seq_len": SIDE**2}),
     "qwen2_vl": ("Qwen2VL", "Qwen2VL", "Qwen2VL", QWEN_PIXELS, {}),
     "qwen2_5_vl": ("Qwen2_5_VL", "Qwen2VL", "Qwen2VL", QWEN_PIXELS, {}),
     "qwen3_vl": ("Qwen3VL", "Qwen2VL", "Qwen3VL", QWEN_PIXELS, {}),
 }  # fmt: skip
-
-
 SPECIAL = {  # token ids 60 to 63: picture, video, start, end
     "internvl": ["<IMG_CONTEXT>", "<video>", "<img>", "</img>"],
     "qwen": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
@@ -55,8 +45,8 @@ def save_checkpoint(name, folder):
     words += [f"word{i}" for i in range(len(words), IMAGE)] + special
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    named = dict(zip(["context_image_token", "video_token", "start_image_token", "end_image_token"], special,
-                     strict=True)) if name == "internvl" else {}  # fmt: skip
+    keys = ("context_image_token", "video_token", "start_image_token", "end_image_token")
+    named = dict(zip(keys, special, strict=True)) if name == "internvl" else {}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>",
         extra_special_tokens=named or [word for word in words if word[0] == "<"],
@@ -78,28 +68,26 @@ def save_checkpoint(name, folder):
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_family_command_line(name, tmp_path, capsys):
-    """A saved checkpoint, a picture file and a question, through the family's own processor. Catches: inputs that
-    `encode` loses, pictures whose number of slots is not what the processor writes into the prompt."""
+def test_from_a_picture_to_an_answer(name, tmp_path):
+    """Catches: inputs that `encode` loses, pictures whose number of tokens is not what the processor writes into the
+    prompt, tiles as only processors make them."""
     from PIL import Image
+
+    from toy.ask import encode, load
 
     try:
         save_checkpoint(name, tmp_path)
     except ImportError as error:
         package = next(package for package in ("torchvision", "num2words") if package in str(error).lower())
         pytest.skip(f"the processor of {name} needs {package}, which does not import here")
-    Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "picture.png")
-    argv = ["--model", str(tmp_path), "--image", str(tmp_path / "picture.png"), "--prompt", "what is it ?"]
-    argv += ["--max-new-tokens", "3", "--json", "--device", "cpu"]
-    if name in PRUNED_ONLY:
-        assert reference.main(argv) == 2 and "set vision_keep=1.0" in capsys.readouterr().err
-        argv += ["--vision-keep", "1.0"]
-    code = reference.main(argv)
-    out = capsys.readouterr()
-    assert code == 0, out.err
-    result = json.loads(out.out)
-    assert result["visual_tokens"][0] > 0 and result["visual_tokens"][-1] == 0, result
-    full = result["positions"][0] - result["visual_tokens"][0]
-    assert result["positions"][-1] == full >= 7 and result["flops_left"] < 1
-    merged = result["vision_tokens"][-1] < result["vision_tokens"][0]
-    assert merged == (name not in PRUNED_ONLY) and result["kv_bytes_luvc"] < 2 * result["kv_bytes_full"]
+    model, processor = load(str(tmp_path))
+    inputs = encode(processor, Image.effect_noise((60, 40), 90).convert("RGB"), "what is it ?")
+    with LUVC(model) as luvc:
+        new = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    full, left = (
+        int((inputs["input_ids"] == model.config.image_token_id).sum()),
+        [len(row) for (row,) in luvc.kept],
+    )
+    text = inputs["input_ids"].shape[1] - full
+    assert new.shape == (1, 3) and left[-1] == text >= 7
+    assert 0 < left[0] - text < 0.8 * full, "the merger left as many tokens as there were"

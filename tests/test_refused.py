@@ -12,21 +12,10 @@ import transformers
 from test_clients import seams
 from transformers import DynamicCache
 
-from test_luvc import (
-    BOTH,
-    CACHE,
-    LUVC,
-    OFF,
-    PRUNER,
-    LUVCConfig,
-    attributes,
-    batch,
-    changed,
-    stored,
-    tiny,
-)
+from test_luvc import BOTH, CACHE, LUVC, OFF, PRUNER, LUVCConfig, attributes, batch, changed, stored, tiny
 
 EQUAL = LUVCConfig(vision_keep=0.45, sizes=False)
+HALF = torch.arange(48).lt(24).expand(1, 1, 48, 48)  # of a tile's pixels
 
 
 def setting(path, value):
@@ -109,47 +98,6 @@ def shared(part):
     return act
 
 
-def training(model, inputs):
-    try:
-        model.train()(**inputs)
-    finally:
-        model.eval()
-
-
-def packed_for_flash(model, inputs):
-    ends = torch.tensor([0, 4, 7], dtype=torch.int32)
-    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 4, "max_length_k": 4}
-    model(input_ids=torch.tensor([[1, 5, 6, 7, 1, 5, 6]]), **lengths)
-
-
-def square_mask(model, inputs):
-    S = inputs["input_ids"].shape[1]
-    model(**inputs | {"attention_mask": torch.ones(1, 1, S, S)})
-
-
-def without_ids(model, inputs):
-    model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
-
-
-def part_of_a_tile(model, inputs):
-    mask = torch.ones(1, 1, 48, 48, dtype=torch.bool)
-    mask[..., 24:] = False
-    model(**inputs, pixel_attention_mask=mask)
-
-
-def by_position(model, inputs):
-    model.model(inputs["input_ids"], inputs["pixel_values"])
-
-
-def ends_with_a_picture(*rows, **hidden):
-    def act(model, inputs):
-        given = batch(model, list(rows))
-        given["attention_mask"][:, hidden.get("behind", 10**6) :] = 0
-        model(**given)
-
-    return act
-
-
 WITHOUT = {  # what is done to a plain model -> how, the words of the error, the family (none: LLaVA)
     "a text model": (lambda m, i: LUVC(m.model.language_model), "'llama'.*use one of"),
     "another family": (setting("model_type", "blip"), "'blip'.*use one of"),
@@ -174,7 +122,7 @@ WITH = {  # the same, while a LUVC is attached
     "attaching inside": (lambda m, i: LUVC(m.model).attach(), "attached.*already; detach"),
     "a shared encoder": (shared("vision_tower"), "attached to this CLIPVisionModel already"),
     "a shared LLM": (shared("language_model"), "attached to this LlamaModel already"),
-    "training mode": (training, r"training.*model.eval\(\)"),
+    "training mode": (lambda m, i: m.train()(**i), r"training.*model.eval\(\)"),
     "deepcopy": (lambda m, i: copy.deepcopy(m), "copied.*detach"),
     "pickle": (lambda m, i: pickle.dumps(m), "pickled.*detach", "idefics3"),
     "a static cache": (generating(cache_implementation="static"), "a DynamicCache", "qwen2_vl"),
@@ -183,16 +131,16 @@ WITH = {  # the same, while a LUVC is attached
     "a filled cache": (filled_without, "empty or filled under LUVC"),
     "cropping": (lambda m, i: stored(m(**i)).crop(-1), "cannot crop"),
     "prompt lookup": (generating(prompt_lookup_num_tokens=2), "crop.*prompt-lookup|Assisted.*crop", "qwen3_vl"),
-    "a 4-D mask": (square_mask, "attention_mask.*2-D"),
+    "a 4-D mask": (with_more(attention_mask=torch.ones(1, 1, 38, 38)), "attention_mask.*2-D"),
     "a short mask": (with_more(attention_mask=torch.ones(1, 9).long()), "attention_mask.*9.*columns"),
-    "no ids": (without_ids, "input_ids.*not inputs_embeds"),
-    "pictures by position": (by_position, "by name.*keyword"),
-    "packed rows": (packed_for_flash, "cu_seq_lens_q"),
-    "a picture last": (ends_with_a_picture([1, 5, "image"]), "ends with a picture.*add text"),
-    "a picture last in a row": (ends_with_a_picture([1, "image", 5], [1, "image1"]), "ends with a picture"),
-    "a picture last, then padding": (ends_with_a_picture([1, "image", 5], behind=12), "ends with", "internvl"),
+    "no ids": (lambda m, i: m(inputs_embeds=torch.ones(1, 5, 32)), "input_ids.*not inputs_embeds"),
+    "pictures by position": (lambda m, i: m.model(*i.values()), "by name.*keyword"),
+    "packed rows": (with_more(cu_seq_lens_q=torch.tensor([0, 4, 38])), "cu_seq_lens_q"),
+    "a picture last": (lambda m, i: m(**batch(m, [[1, 5, "image"]])), "ends with a picture.*add text"),
+    "a picture last in a row": (lambda m, i: m(**batch(m, [[1, "image", 5], [1, "image1"]])), "ends with a pic"),
+    "a picture last, then padding": (with_more(attention_mask=torch.arange(38)[None] < 9), "ends with a picture"),
     "features from elsewhere": (with_more(vision_feature_layer=1), "must be the config's"),
-    "padded tiles": (part_of_a_tile, "padding.*whole tiles", "idefics3"),
+    "padded tiles": (with_more(pixel_attention_mask=HALF), "padding.*whole tiles", "idefics3"),
 }  # fmt: skip
 
 
@@ -209,6 +157,7 @@ def test_refused(what):
             want, attached = model(**inputs).logits, attributes(model)
             with pytest.raises(ValueError, match=words):
                 act(model, inputs)
+            model.eval()
             assert not seams(model, attached), "the refusal changed the model"
             assert torch.equal(model(**inputs).logits, want), "the call after a refusal"
         assert not seams(model, before) and torch.equal(model(**inputs).logits, plain)
