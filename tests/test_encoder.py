@@ -89,8 +89,8 @@ def test_encoder_by_hand(name):
     family, windowed, used = luvc.family, name == "qwen2_5_vl", 3 if name in THREE_BLOCKS else 4
     prefix, cls = int(name in CLASS_TOKEN), CLASS_TOKEN.get(name, 0)
 
-    def flash(_, args, kwargs):  # FlashAttention wants to know the longest frame
-        return args, kwargs | {key: 7 for key in kwargs if key == "max_seqlen"}
+    def flash(_, args, kwargs):  # FlashAttention wants to know how long a frame may be
+        return args, kwargs | {key: 999 for key in kwargs if key == "max_seqlen"}
 
     for number, block in enumerate(family.blocks):  # hooks from before LUVC see what it gets ...
         spy(block, lambda x, kwargs, number=number: made.update({number: x}))
@@ -136,7 +136,7 @@ def test_encoder_by_hand(name):
             assert torch.equal(y, want), f"block {number} does not get what was merged, in its own order"
             if name in QWENS:
                 same(arguments["cu_seqlens"].diff().tolist(), ends, f"block {number}: where frames end")
-                assert number < used - 3 or arguments.get("max_seqlen") in (None, max(ends))
+                assert arguments.get("max_seqlen", 999) >= max(ends), "an upper bound will do, a lower one not"
                 rotary = model.model.visual.rotary_pos_emb(y, torch.stack(means))
                 for mine, theirs in zip(arguments["position_embeddings"], rotary, strict=True):
                     agree(mine, theirs, f"block {number}: rotary positions")
