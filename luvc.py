@@ -699,7 +699,8 @@ class Pruner(Hook):
             return
         self.occupy(self.decoder)
         for module, run in ((self.model.base_model, self._run_model), (self.decoder, self._run_decoder)):
-            self.replace(module, "forward", functools.partial(run, module.forward))
+            # What torch.compile made of the model before does not look into it.
+            self.replace(module, "forward", torch.compiler.disable(functools.partial(run, module.forward)))
         for number, layer in enumerate(self.decoder.layers):
             # At `forward`, inside of the layer's hooks: with these transformers collects hidden_states.
             self.replace(layer, "forward", functools.partial(run_layer, layer.forward, number, self))
@@ -807,7 +808,8 @@ def check_call(model: nn.Module, ids: Tensor | None, mask, start: int, kwargs: d
         raise ValueError("LUVC finds pictures by input_ids; call the model with these, not inputs_embeds")
     if mask is not None and (getattr(mask, "ndim", 0) != 2 or mask.shape[1] < start + ids.shape[1]):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask {got} must be None or 2-D, of {start} + {ids.shape[1]} columns")
+        want = f"None or 2-D, of {start} + {ids.shape[1]} columns, and the KV cache a DynamicCache"
+        raise ValueError(f"attention_mask {got} must be {want}")
     if kwargs.get("cu_seq_lens_q") is not None:
         raise ValueError("cu_seq_lens_q packs several sequences into a row; LUVC needs one per row")
 
@@ -996,7 +998,8 @@ def find_copies(rows: Tensor, run: Tensor) -> tuple[Tensor, Tensor]:
 
     Args: rows (N, C), floating; run (N) int64, on the host: the picture of each.
     Returns: on the host, the index of the middle one of each token's rows, ascending, and how many there are
-        (of an even number the first of the two middle ones). A row that something changed stands for itself.
+        (of an even number the first of the two middle ones). A row that something changed stands for itself,
+        and parts the other rows of its token in two.
     Source: our choice.
     """
     bits = rows[:, :DIGITS].contiguous().view(INTEGERS[rows.element_size()]).long() & 1
