@@ -21,13 +21,11 @@ def merge_axis(x, size, keep, axis):
     length = t.square().sum(-1).sqrt()
     a, b = length[:, :, :-1], length[:, :, 1:]
     product = (t[:, :, :-1] * t[:, :, 1:]).sum(-1)
-    some = (a > 0) & (b > 0)
-    none = (a == 0) & (b == 0)
+    some, none = (a > 0) & (b > 0), (a == 0) & (b == 0)
     cosine = torch.where(some, product / torch.where(some, a * b, 1), none.to(wide))
     order = torch.argsort(cosine, dim=-1, stable=True)
     start = torch.zeros(B, lines, n, dtype=torch.int64, device=x.device)
-    start = start.scatter(-1, order[..., : keep - 1] + 1, 1)
-    run = torch.cumsum(start, -1)
+    run = torch.cumsum(start.scatter(-1, order[..., : keep - 1] + 1, 1), -1)
     total = torch.zeros(B, lines, keep, dtype=wide, device=x.device).scatter_add(-1, run, s)
     index = run[..., None].expand(B, lines, n, C)
     summed = torch.zeros(B, lines, keep, C, dtype=wide, device=x.device).scatter_add(2, index, t * s[..., None])
@@ -42,9 +40,7 @@ def merge_plan(H, W, keep, steps):
     if H < 1 or W < 1 or steps < 2 or not (0 < keep <= 1):
         raise ValueError(f"H {H}, W {W}, keep {keep}, steps {steps}")
     plan, h, w = [], H, W
-    if keep == 1:
-        return plan
-    for step in range(steps):
+    for step in range(steps if keep < 1 else 0):
         along_w = step % 2 == 0
         turns = (steps + 1) // 2 if along_w else steps // 2
         done = (step // 2 + 1) / turns
@@ -58,8 +54,7 @@ def merge_plan(H, W, keep, steps):
 """,
     "follow": """
 def follow(token, parent):
-    flat = parent.reshape(len(parent), -1)
-    return torch.gather(flat, 1, token)
+    return torch.gather(parent.reshape(len(parent), -1), 1, token)
 """,
     "low_pass": """
 def low_pass(x, cutoff, dim=1):
@@ -153,7 +148,6 @@ def run_layer(plain, number, pruner, hidden, **kwargs):
 # function, and below it a line for each mistake: "what is wrong: old => new"; && between several, \n for a new line.
 TABLE = r"""
 merge_axis
-    absolute similarity: none.to(wide)) => none.to(wide)).abs()
     no similarity below 0: none.to(wide)) => none.to(wide)).clamp(min=0)
     an epsilon in the cosine: a * b, 1) => a * b, 1).clamp(min=1e-8)
     dot products: product / torch.where(some, a * b, 1) => product
@@ -161,54 +155,37 @@ merge_axis
     topk, which is not stable: order = torch.argsort(cosine, dim=-1, stable=True) => order = torch.topk(cosine, n - 1, dim=-1, largest=False).indices
     ties cut the higher index: torch.argsort(cosine, dim=-1, stable=True) => n - 2 - torch.argsort(cosine.flip(-1), dim=-1, stable=True)
     unweighted means: t * s[..., None])\n    merged = summed / total[..., None] => t)\n    merged = summed / torch.zeros_like(total).scatter_add(-1, run, torch.ones_like(s))[..., None]
-    sizes of runs are counts: .scatter_add(-1, run, s) => .scatter_add(-1, run, torch.ones_like(s))
     computed in the tokens' dtype: wide = torch.float64 if x.dtype == torch.float64 else torch.float32 => wide = x.dtype
-    parent is the run of the line: line * keep + run if axis == 2 else run * lines + line => run
     parent of H counts columns first: else run * lines + line => else line * keep + run
     the sizes' input is written to: return merged => size += 0 * size + (keep < n)\n    return merged
-    a global seed is set: B, lines, _, C = t.shape => B, lines, _, C = t.shape\n    torch.manual_seed(0)
     a loop over samples:     wide = torch.float64 if =>     if len(x) > 1:\n        parts = [merge_axis(x[b : b + 1], size[b : b + 1], keep, axis) for b in range(len(x))]\n        return tuple(torch.cat(p) for p in zip(*parts))\n    wide = torch.float64 if
-    a table of all pairs:     some = (a > 0) =>     product = (t @ t.transpose(-1, -2)).diagonal(1, -2, -1)\n    some = (a > 0)
-    reads whether there are zeros:     some = (a > 0) =>     if (a == 0).any():\n        a = a + 0\n    some = (a > 0)
-    keep is clamped: if keep < 1 or keep > n: => keep = min(keep, n)\n    if keep < 1:
+    a table of all pairs:     some, none = =>     product = (t @ t.transpose(-1, -2)).diagonal(1, -2, -1)\n    some, none =
+    reads whether there are zeros:     some, none = =>     if (a == 0).any():\n        a = a + 0\n    some, none =
     dot products in the tokens' dtype: product = (t[:, :, :-1] * t[:, :, 1:]).sum(-1) => product = (t[:, :, :-1] * t[:, :, 1:]).sum(-1).to(x.dtype).to(wide)
 merge_plan
-    H first: along_w = step % 2 == 0 => along_w = step % 2 == 1
-    each axis shrinks to keep: 1 - math.sqrt(keep) => 1 - keep
     halves are rounded to even: int(W * share + 0.5) => round(W * share)
     both axes have as many turns: (steps + 1) // 2 if along_w else steps // 2 => (steps + 1) // 2
     equal factors instead of equal portions: share = 1 - done * (1 - math.sqrt(keep)) => share = math.sqrt(keep) ** done
-    NaN passes: not (0 < keep <= 1) => keep <= 0 or keep > 1
 follow
     all follow the first sample: parent.reshape(len(parent), -1) => parent[:1].expand_as(parent).reshape(len(parent), -1)
-    columns first: parent.reshape => parent.transpose(1, 2).reshape
-    a loop over samples: torch.gather(flat, 1, token) => torch.stack([row[at] for row, at in zip(flat, token)])
 low_pass
     high frequencies pass: <= passed) => >= passed)
     halves to even: int(cutoff * (n // 2) + 0.5) => round(cutoff * (n // 2))
     no identity: if passed == n // 2:\n        return x\n => NOTHING
     half precision comes back:     x = x.to(torch.float32) =>     dtype = x.dtype\n    x = x.to(torch.float32)  &&  movedim(-1, dim)\n => movedim(-1, dim).to(dtype)\n
     a matrix instead of an FFT:     waves = torch.fft.rfft =>     torch.eye(n, device=x.device)\n    waves = torch.fft.rfft
-    NaN passes: not (0 <= cutoff <= 1) => cutoff < 0 or cutoff > 1
 spectral_score
     what passes is scored: x.to(torch.float32) - low_pass(x, cutoff) => low_pass(x, cutoff)
-    the square of the norm: torch.linalg.vector_norm(removed, dim=-1) => removed.square().sum(-1)
     in half precision: x.to(torch.float32) - low_pass(x, cutoff) => (x - low_pass(x, cutoff).to(x.dtype)).to(torch.float32)
 spectral_prune
     not ascending: torch.sort(order[:, :keep], dim=1).values => order[:, :keep]
-    ties to the higher index: torch.argsort(-score, dim=1, stable=True) => score.shape[1] - 1 - torch.argsort(-score.flip(1), dim=1, stable=True)
     no rounding: .round() => NOTHING
     an epsilon in the norm: torch.finfo(torch.float32).tiny => 1e-6
-    no projection: if token.shape[-1] > channels: => if False:
-    a fresh random projection: projection(token.shape[-1], channels, x.device) => torch.randn(token.shape[-1], channels, device=x.device)
-    the cutoff is not handed on: spectral_score(token, cutoff) => spectral_score(token)
-    the mean of the samples decides: order = torch.argsort( => score = score.mean(0, keepdim=True).expand_as(score)\n    order = torch.argsort(
     a loop over samples:     token = x.to(torch.float32) =>     if len(x) > 1:\n        return torch.cat([spectral_prune(one[None], keep, cutoff, channels) for one in x])\n    token = x.to(torch.float32)
 inherit
     pruned sizes are lost: out.scatter_add(1, heir, wide) => wide.gather(1, kept)
     ties to the later: border = (kept[:, :-1] + kept[:, 1:]) / 2 => border = (kept[:, :-1] + kept[:, 1:] - 1) / 2
     sums in half precision: wide = size.to(torch.float32) if => wide = size.half() if size.dtype == torch.float32 else size.to(torch.float32) if
-    the input is written to:     return out =>     size.zero_()\n    return out
 SmallPruner.gather
     shares of what is left: int(self.is_image.sum()) => int(self.is_image[self.index].sum())
     rounded to even: math.floor(self.fractions[number] * int(self.is_image.sum()) + 0.5) => round(self.fractions[number] * int(self.is_image.sum()))
@@ -216,21 +193,16 @@ SmallPruner.gather
     positions are renumbered: t[:, self.index] for t => t[:, : len(self.index)] for t
     position ids are left in: "position_ids": None,  => NOTHING
     the mask is left in: , "attention_mask": None => NOTHING
-    the layer runs on everything: (self.hidden[:, self.index],), kwargs => (self.hidden,), kwargs
 SmallPruner.scatter
     the input is written to: self.hidden.clone() => self.hidden
     rows come back at the front: whole[:, self.index] = output => whole[:, : output.shape[1]] = output
-    the short sequence is returned: return whole => return output
 run_layer
-    the fractions of another layer: pruner.fractions[number] => pruner.fractions[max(0, number - 1)]
     a scheme of its own: pruner.config.prune) => spectral_prune)
     pruned after it gathered:     prompt.prune(hidden, pruner.fractions[number], pruner.config.prune)\n => NOTHING  &&      store = None =>     prompt.prune(hidden, pruner.fractions[number], pruner.config.prune)\n    store = None
     the cache of the first layer: cache.layers[number] => cache.layers[0]
     the mask of the whole sequence: prompt.mask(store, short, => prompt.mask(store, hidden,
     position ids are left in:     kwargs["position_ids"] = None\n => NOTHING
     rotary positions are renumbered: prompt.gather(t) for t in rotary => t[:, : short.shape[1]] for t in rotary
-    cosines and sines change places: for t in rotary) => for t in rotary[::-1])
-    pruned rows are zero: hidden.shape[-1]).clone() => hidden.shape[-1]).clone() * 0
     the input is written to: .clone() => NOTHING
 """
 
