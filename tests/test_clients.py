@@ -308,8 +308,8 @@ torch.distributed.destroy_process_group()
 
 @no_grad
 def test_tensor_parallelism(tmp_path):
-    """Two processes that share heads and channels of every layer, started as README says. Catches: ranks that
-    keep different tokens, so that they add up what does not belong together."""
+    """Two processes that share heads and channels of every layer. Catches: ranks that keep different
+    tokens, so that they add up what does not belong together."""
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     want = {}

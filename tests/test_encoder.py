@@ -136,7 +136,9 @@ def test_encoder_by_hand(name):
             assert torch.equal(y, want), f"block {number} does not get what was merged, in its own order"
             if name in QWENS:
                 same(arguments["cu_seqlens"].diff().tolist(), ends, f"block {number}: where frames end")
-                assert arguments.get("max_seqlen", 999) >= max(ends), "an upper bound will do, a lower one not"
+                assert arguments.get("max_seqlen", 999) >= max(ends), (
+                    "an upper bound will do, a lower one not"
+                )
                 rotary = model.model.visual.rotary_pos_emb(y, torch.stack(means))
                 for mine, theirs in zip(arguments["position_embeddings"], rotary, strict=True):
                     agree(mine, theirs, f"block {number}: rotary positions")
@@ -217,7 +219,10 @@ def picture_of(model, H, W):
     pixels = torch.randn(1, 3, H * side, W * side, generator=noise)
     if model.name in ("idefics3", "smolvlm"):
         return inputs | {"pixel_values": pixels[None]}
-    return inputs | {"pixel_values": pixels, "interpolate_pos_encoding": model.name == "llava-clip"}
+    if model.name == "llava-clip":  # (as a keyword of the model only since transformers 5.24)
+        more = {"interpolate_pos_encoding": True}
+        model.model.vision_tower.register_forward_pre_hook(lambda _, a, k: (a, k | more), with_kwargs=True)
+    return inputs | {"pixel_values": pixels}
 
 
 GEOMETRIES = [("llava-clip", 3, 12), ("llava-dinov2", 2, 4), ("idefics3", 3, 3), ("smolvlm", 4, 4)]
