@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from test_luvc import ANYRES, BOTH, CLASS_TOKEN, CLOSE, EPS, FAMILIES, IMAGE, LUVC, PRUNER, QWENS, SHUFFLED
-from test_luvc import SIDE, VIDEO, WINDOWS, LUVCConfig, Merger, agree, batch, copies_by_hand, dense
+from test_luvc import SIDE, VIDEO, WINDOWS, LUVCConfig, agree, batch, copies_by_hand, dense
 from test_luvc import merge_axis, merge_plan, random, reference, same, spy, tiny
 
 THREE_BLOCKS = ["llava-clip", "llava-full", "llava-dinov2"]  # of four: an earlier output is taken
@@ -246,19 +246,6 @@ def test_geometry_is_that_of_the_pixels(name, H, W):
     assert ordered, f"these are no merges of neighbours along lines: {token.view(H, W)}"
     want = dense(model, inputs, BOTH)[0][:, -2:]
     agree(got[:, -2:], want, "other logits than with copies masked")
-
-
-@pytest.mark.parametrize("name", QWENS)
-@torch.no_grad()
-def test_the_grid_may_be_handed_by_position(name):
-    """Catches: a picture's size that is looked for in one place, where a caller of the encoder put it in another."""
-    model = tiny(name)
-    inputs = batch(model, [[1, "image", 5]])
-    pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
-    with Merger(model, BOTH):
-        want = model.model.visual(pixels, grid_thw=grid).pooler_output
-        got = model.model.visual(pixels, grid).pooler_output
-    assert torch.equal(got, want) and len(got.unique(dim=0)) < len(got)
 
 
 @pytest.mark.parametrize("name", ["llava-clip", *ANYRES])

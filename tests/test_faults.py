@@ -5,8 +5,8 @@ machinery runs and keeps all. Else it is the dense reference of test_luvc.py, or
 """
 # ruff: noqa: I001
 
-import functools
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -94,17 +94,6 @@ def test_hidden_entirely(name):
 
 @every_family
 @no_grad
-def test_right_padding_without_a_cache(name):
-    """Without a KV cache, generate() writes position 0 at padding on the right. Catches: words that see padding."""
-    model = tiny(name)
-    inputs = batch(model, [[1, "image1", 5, "tall2", 6, 7], [1, "image3", 5, 6], [1, 2, 3]], "right")
-    with LUVC(model, BOTH):
-        cached, uncached = (model.generate(**inputs, **GREEDY, use_cache=use) for use in (True, False))
-    assert torch.equal(cached, uncached), f"{uncached} without a KV cache, {cached} with one"
-
-
-@every_family
-@no_grad
 def test_later_masks(name):
     """Catches: what the mask of a later call hides of positions that are stored already is not read, nor that of a call
     of one word. Row 0 answers sooner than row 1, and turn 2 hides its padding; or it hides words or the picture of
@@ -157,18 +146,25 @@ def test_mask_longer_than_the_sequence(name):
 
 
 @every_family
+@pytest.mark.parametrize("way", ["by keyword", "by position"])
 @no_grad
-def test_calls_by_keyword(name):
+def test_calls(name, way):
     """Catches: hooks that look for arguments by one name, or by their place; a module's own signature says."""
     model = tiny(name)
     inputs = batch(model, [[1, "image1", 5, 6]])
     want, luvc = run(model, BOTH, inputs)
-    for module in (luvc.family.vision, luvc.family.projectors[0], model.model, model.get_decoder()):
+
+    def move(names, args, kwargs):
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        given = itertools.takewhile(kwargs.__contains__, names if way == "by position" else ())
+        return tuple(kwargs.pop(each) for each in given), kwargs
+
+    modules = [luvc.family.vision, luvc.family.projectors[0], model.model, model.get_decoder()]
+    for module in modules[: 2 if way == "by position" else 4]:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        move = functools.partial(lambda names, _, a, k: ((), dict(zip(names, a, strict=False)) | k), names)
-        module.register_forward_pre_hook(move, with_kwargs=True)
-    got = run(model, BOTH, inputs)[0]
-    assert torch.equal(got, want), "other logits if encoder, projector or LLM is called by keyword"
+        hook = lambda _, args, kwargs, names=names: move(names, args, kwargs)  # noqa: E731
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    assert torch.equal(run(model, BOTH, inputs)[0], want), f"other logits if modules are called {way}"
 
 
 @families("llava-clip", "llava_next", "internvl", "qwen2_vl")

@@ -87,8 +87,7 @@ def shared(part):
 
     def act(model, inputs):
         other = tiny(model.name)
-        theirs, mine = (each.model.get_submodule(part.rpartition(".")[0]) for each in (other, model))
-        setattr(theirs, part.rpartition(".")[2], mine.get_submodule(part.rpartition(".")[2]))
+        setattr(other.model, part, getattr(model.model, part))
         before = attributes(other)
         try:
             LUVC(other, BOTH).attach()
