@@ -5,6 +5,7 @@ several devices or processes. Each thing works; what does not is in test_refused
 import concurrent.futures
 import copy
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from test_luvc import BOTH, CACHE, CLOSE, GREEDY, HERE, IMAGE, LUVC, OFF, PRUNER, QWENS, LUVCConfig
+from test_luvc import BOTH, CACHE, CLOSE, GREEDY, HERE, IMAGE, LUVC, PRUNER, QWENS, LUVCConfig
 from test_luvc import agree, attributes, batch, changed, dense, every_family, merge_axis, ragged, reference
 from test_luvc import spectral_prune, stored, tiny
 
@@ -61,20 +62,23 @@ def test_threads_share_one_attached_model(name):
 @pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl"])
 @no_grad
 def test_a_call_within_a_call(name):
-    """Say in a hook that somebody put into a layer or an encoder's block. Catches: the outer call that goes on with
-    the pictures, the prompt or the ids of the inner one."""
-    model, got, hooks = tiny(name), [], []
-    outer, inner = batch(model, [[1, "image1", 5, "tall2", 6]]), batch(model, [[1, 5, "tall3", 7, 8], [1, 2]])
+    """Of the same model, or of another one, say in a hook that somebody put into a layer or an encoder's block. Catches:
+    the outer call that goes on with pictures, prompt or ids of the inner one; state of a class or of the file."""
+    model, other, got, hooks = tiny(name), tiny("llava-siglip"), [], []
+    outer = batch(model, [[1, "image1", 5, "tall2", 6]])
     family, layer = LUVC(model).family, model.get_decoder().layers[1]
+    inputs = {each: batch(each, [[1, 5, "tall3", 7, 8], [1, 2]]) for each in (model, other)}
 
-    def call(*_):
+    def call(inner, *_):
         hooks.pop().remove()
-        got.append(model(**inner).logits)
+        got.append(inner(**inputs[inner]).logits)
 
-    with LUVC(model, BOTH):
-        want = model(**outer).logits, model(**inner).logits
-        for module in (family.blocks[2], family.projectors[0], layer):
-            hooks.append(module.register_forward_pre_hook(call))
+    with LUVC(model, BOTH), LUVC(other, PRUNER):
+        for inner, module in itertools.product(
+            (model, other), (family.blocks[2], family.projectors[0], layer)
+        ):
+            want = model(**outer).logits, inner(**inputs[inner]).logits
+            hooks.append(module.register_forward_pre_hook(functools.partial(call, inner)))
             assert torch.equal(model(**outer).logits, want[0]), "another answer than without a call inside"
             assert torch.equal(got.pop(), want[1]), "another answer inside of a call"
 
@@ -227,20 +231,6 @@ def test_parts_on_two_devices(name):
         with LUVC(model, BOTH):
             features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
         assert features.is_meta and features.shape[:2] == (len(inputs["pixel_values"]), model.per_tile)
-
-
-@no_grad
-def test_several_models_at_once():
-    """Catches: state that belongs to a class or to the module, not to the model."""
-    models, got = [tiny("llava-clip"), tiny("qwen2_5_vl"), tiny("llava-clip")], []
-    inputs, want = [batch(model, [[1, "image1", 5, 6]]) for model in models], []
-    wrappers = [LUVC(model, config) for model, config in zip(models, (BOTH, PRUNER, OFF), strict=True)]
-    for model, each, luvc in zip(models, inputs, wrappers, strict=True):
-        with luvc:
-            want.append(model(**each).logits)
-    with wrappers[0], wrappers[1]:  # the third model stays plain, and off is plain
-        got = [models[n](**inputs[n]).logits for n in (0, 1, 2, 0)]
-    assert all(map(torch.equal, got, [*want, want[0]]))
 
 
 @no_grad

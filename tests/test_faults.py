@@ -95,9 +95,10 @@ def test_hidden_entirely(name):
 @every_family
 @no_grad
 def test_later_masks(name):
-    """Catches: what the mask of a later call hides of positions that are stored already is not read, nor that of a call
-    of one word. Row 0 answers sooner than row 1, and turn 2 hides its padding; or it hides words or the picture of
-    turn 1; or the word that was just generated is hidden in one row."""
+    """Row 0 answers sooner than row 1, and turn 2 hides its padding; or it hides words or the picture of turn 1; or the
+    word that was just generated is hidden in one row. Catches: what a later mask hides of positions that are stored
+    already is not read, nor that of a call of one word; a mask with room for words to come, zeros behind, that is taken
+    to end where the words end. (Transformers aligns masks at the left.)"""
     model = tiny(name)
     first = batch(model, [[1, "image1", 5, 6], [1, "image2", 5, 7]])
     n, whole = first["input_ids"].shape[1], add_columns(model, first, 8, 9, 10, 11, 12, 13)
@@ -112,9 +113,10 @@ def test_later_masks(name):
         masks = [torch.ones(2, end, dtype=torch.int64) for end in ends]
         for mask in masks[since:]:
             mask[row, columns] = 0
-        want = talk(model, whole, ends, masks)
+        roomy = [torch.nn.functional.pad(mask, (0, 20)) for mask in masks]
+        want = talk(model, whole, ends, roomy)
         with LUVC(model, NEARLY):
-            got = talk(model, whole, ends, masks)
+            got = talk(model, whole, ends, roomy)
         for call, mask in enumerate(masks):
             shown = mask[:, -got[call].shape[1] :].bool()
             agree(got[call][shown], want[call][shown], f"{case}, call {call}: the plain model says otherwise")
@@ -123,23 +125,6 @@ def test_later_masks(name):
                 got = talk(model, whole, ends, masks)[-1]
             want = dense(model, whole | {"attention_mask": masks[-1]}, BOTH)[0][:, n + 3 :]
             agree(got, want, f"{case}: other logits than with all that is not there masked")
-
-
-@families("llava-clip", "qwen2_vl")
-@no_grad
-def test_mask_longer_than_the_sequence(name):
-    """Catches: a mask with room for words to come, zeros behind, aligned at its right end: the last words are lost.
-    Transformers aligns masks at the left."""
-    model = tiny(name)
-    first = batch(model, [[1, "image1", 5, 6, 7], [1, 2, 3]])
-    n, whole = first["input_ids"].shape[1], add_columns(model, first, 8, 9)
-    exact = [whole["attention_mask"][:, :end] for end in (n, n + 2)]
-    roomy = [torch.nn.functional.pad(mask, (0, 20)) for mask in exact]
-    for config in (PRUNER, BOTH):
-        with LUVC(model, config):
-            got, want = (talk(model, whole, [n, n + 2], masks) for masks in (roomy, exact))
-        for one, other, shown in zip(got, want, (exact[0].bool(), exact[1][:, n:].bool()), strict=True):
-            agree(one[shown], other[shown], "zeros behind the mask change the answer")
 
 
 # ---- How modules are called --------------------------------------------------------------------------------
@@ -210,22 +195,6 @@ def test_placeholder_that_is_text(name):
         agree(got[:, -3:], want[:, -3:], f"{token} is text here, and no picture")
 
 
-@no_grad
-def test_token_ids_when_it_runs():
-    """Catches: token ids read when LUVC is made: whoever adds a token and sets its id afterwards gets no pictures."""
-    model = tiny()
-    inputs, luvc = batch(model, [[1, "image1", 5, 6]]), LUVC(model, PRUNER)
-    model.config.image_token_id = VIDEO
-    inputs["input_ids"][inputs["input_ids"] == IMAGE] = VIDEO
-    with luvc:
-        model(**inputs)
-    same(
-        len(luvc.kept[-1][0]),
-        3,
-        "the placeholder is what the config says when the model runs: positions left",
-    )
-
-
 # ---- What LUVC says of a call ------------------------------------------------------------------------------
 
 
@@ -251,13 +220,22 @@ def test_kept_is_of_the_last_complete_prefill():
 
 
 @no_grad
-def test_sizes_are_float32():
-    """Catches: sizes made in torch's default dtype, which may be one that cannot count to 300."""
+def test_settings_when_it_runs():
+    """Catches: token ids read when LUVC is made (whoever adds a token and sets its id afterwards gets no pictures); sizes
+    made in torch's default dtype, which may be one that cannot count to 300."""
     model = tiny()
-    inputs = batch(model, [[1, "image1", 5, 6]])
+    inputs, luvc = batch(model, [[1, "image1", 5, 6]]), LUVC(model, PRUNER)
+    model.config.image_token_id = VIDEO
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = VIDEO
     torch.set_default_dtype(torch.bfloat16)
     try:
-        luvc = run(model, BOTH, inputs)[1]
+        with luvc:
+            model(**inputs)
     finally:
         torch.set_default_dtype(torch.float32)
+    same(
+        len(luvc.kept[-1][0]),
+        3,
+        "the placeholder is what the config says when the model runs: positions left",
+    )
     same(luvc.sizes[0][0].dtype, torch.float32, "the dtype of sizes")

@@ -8,13 +8,12 @@ import weakref
 import pytest
 import torch
 import transformers
-from hypothesis import given
 from test_functions import NoWaiting, Watch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.masking_utils import flash_attention_mask
 
 from test_luvc import BOTH, GREEDY, IMAGE, LAYERS, LUVC, OFF, PRUNER, QWENS, LUVCConfig, batch, every_family
-from test_luvc import follow, grids, inherit, merge_axis, needs_gpu, positions, ragged, reference
+from test_luvc import follow, inherit, keep_last, merge_axis, needs_gpu, positions, ragged, random, reference
 from test_luvc import same_as_the_reference, spectral_prune, tiny
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -54,12 +53,6 @@ def test_flash_attention_contract():
         calls.clear()
 
 
-def evenly(x, keep):
-    """The same choice in every dtype."""
-    at = torch.arange(keep, device=x.device)
-    return ((2 * at + 1) * x.shape[1] // (2 * max(keep, 1))).expand(len(x), keep)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -82,7 +75,7 @@ def test_half_precision_in_the_flash_kernel(device, side, dtype, head):
                 out.append(model(**inputs).logits[text].float())
         return torch.cat(out)
 
-    configs = None, LUVCConfig(vision_keep=1.0, prune=evenly)
+    configs = None, LUVCConfig(vision_keep=1.0, prune=keep_last)  # the same choice in every dtype
     plain, error = [(logits(dtype, each) - logits(torch.float32, each)).abs().mean() for each in configs]
     assert 0 < error <= 2 * plain, f"LUVC is off by {error}, the plain model by {plain}"
 
@@ -192,30 +185,27 @@ def test_model_is_freed(way):
 
 @pytest.mark.gpu
 @needs_gpu
-@given(grids())
-def test_merge_on_gpu_equals_cpu(case):
-    """Catches: a sort or an `index_add` that is another one there. (Sums of small integers are exact.)"""
-    x, size, keep, axis = case
-    on_gpu = merge_axis(x.cuda(), size.cuda(), keep, axis)
-    for a, b in zip(on_gpu, merge_axis(x, size, keep, axis), strict=True):
-        assert torch.equal(a.cpu(), b)
-
-
-@pytest.mark.gpu
-@needs_gpu
 @torch.no_grad()
 def test_nothing_waits_for_the_gpu():
-    """Neither the functions nor the decoder layers. Catches: what the dispatcher on a CPU does not see."""
-    x, size = torch.randn(2, 24, 24, 128, device="cuda"), torch.ones(2, 24, 24, device="cuda")
-    check = torch.cuda.set_sync_debug_mode
-    for mode in ("default", "error"):  # FFT plans and projections are made once
-        torch.cuda.synchronize()
+    """Neither the functions nor the decoder layers. Catches: what the dispatcher on a CPU does not see; a sort or an
+    `index_add` that is another one there. (Sums of small integers are exact.)"""
+    x, size, check = random(1, 2, 24, 24, 128), torch.ones(2, 24, 24), torch.cuda.set_sync_debug_mode
+
+    def merged(device, mode="default"):
+        x_here, size_here, token = (
+            x.to(device),
+            size.to(device),
+            torch.arange(576, device=device).expand(2, 576),
+        )
         check(mode)
         try:
-            y, mass, parent = merge_axis(x, size, 18, 2)
-            merge_axis(y, mass, 18, 1)
-            follow(torch.arange(576, device="cuda").expand(2, 576), parent)
-            inherit(size.flatten(1), spectral_prune(x.flatten(1, 2), 100))
+            y, mass, parent = merge_axis(x_here, size_here, 18, 2)
+            inherit(size_here.flatten(1), spectral_prune(x_here.flatten(1, 2), 100))
+            return y, *merge_axis(y, mass, 18, 1)[1:], follow(token, parent)
         finally:
             check("default")
+
+    merged("cuda")  # FFT plans and projections are made once
+    for got, want in zip(merged("cuda", "error"), merged("cpu"), strict=True):
+        assert torch.equal(got.cpu(), want), "another result than on the CPU"
     run_inside_layers(tiny().cuda(), lambda: check("error"), lambda: check("default"))
