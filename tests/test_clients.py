@@ -62,7 +62,7 @@ def test_threads_share_one_attached_model(name):
 @pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl"])
 @no_grad
 def test_a_call_within_a_call(name):
-    """Of the same model, or of another one, say in a hook that somebody put into a layer or an encoder's block. Catches:
+    """Of the same model, or of another one, say in a hook that somebody put into a layer. Catches:
     the outer call that goes on with pictures, prompt or ids of the inner one; state of a class or of the file."""
     model, other, got, hooks = tiny(name), tiny("llava-siglip"), [], []
     outer = batch(model, [[1, "image1", 5, "tall2", 6]])

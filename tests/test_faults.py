@@ -221,7 +221,7 @@ def test_kept_is_of_the_last_complete_prefill():
 
 @no_grad
 def test_settings_when_it_runs():
-    """Catches: token ids read when LUVC is made (whoever adds a token and sets its id afterwards gets no pictures); sizes
+    """Catches: token ids read when LUVC is made (whoever sets a new token's id afterwards gets no pictures); sizes
     made in torch's default dtype, which may be one that cannot count to 300."""
     model = tiny()
     inputs, luvc = batch(model, [[1, "image1", 5, 6]]), LUVC(model, PRUNER)
