@@ -14,6 +14,8 @@ import threading
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from test_luvc import BOTH, CACHE, CLOSE, GREEDY, HERE, IMAGE, LUVC, PRUNER, QWENS, LUVCConfig
 from test_luvc import agree, attributes, batch, changed, dense, every_family, merge_axis, ragged, reference
@@ -202,11 +204,21 @@ def test_hooks_of_accelerate_after_attach():
     assert torch.equal(model(**inputs).logits, plain)
 
 
+class OneDevice(TorchDispatchMode):
+    """An operation gets tensors of one device, but for numbers; as it is on GPUs."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+        copies = function.overloadpacket.__name__ in ("_to_copy", "copy_")
+        assert copies or len({t.device for t in found}) < 2, f"{function} gets tensors of several devices"
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", ["llava-clip", "llava_next", "internvl", "qwen2_5_vl"])
 @no_grad
 def test_parts_on_two_devices(name):
-    """The second half of the LLM, or of an encoder, on the device "meta", where tensors have shapes and no numbers; to
-    mix them with others is an error. Catches: sizes, positions, grids that stay on the first device."""
+    """The second half of the LLM, or of an encoder, on the device "meta", where tensors have shapes and no numbers.
+    Catches: sizes, positions, grids that stay on the first device."""
     hooks = pytest.importorskip("accelerate", reason="accelerate is not installed").hooks
 
     def elsewhere(modules):
@@ -219,7 +231,8 @@ def test_parts_on_two_devices(name):
     with LUVC(model, BOTH):
         want = model(**inputs, use_cache=True)
     elsewhere([*decoder.layers[2:], decoder.norm, model.lm_head])
-    with LUVC(model, BOTH):
+    with LUVC(model, BOTH), OneDevice():
+        assert model(**inputs, use_cache=False).logits.is_meta
         got = model(**inputs, use_cache=True)
     assert got.logits.is_meta and got.logits.shape == want.logits.shape
     for mine, plain in zip(stored(got).layers, stored(want).layers, strict=True):
@@ -228,7 +241,7 @@ def test_parts_on_two_devices(name):
         model = tiny(name)
         family = LUVC(model, BOTH).family
         elsewhere([*family.blocks[2:], *family.projectors])
-        with LUVC(model, BOTH):
+        with LUVC(model, BOTH), OneDevice():
             features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
         assert features.is_meta and features.shape[:2] == (len(inputs["pixel_values"]), model.per_tile)
 

@@ -268,8 +268,8 @@ def test_scores_in_a_projection():
 
 
 def test_the_projection():
-    """Catches: one that changes from call to call or takes numbers from the global generator, or does not keep
-    lengths."""
+    """Catches: one that changes from call to call or takes numbers from the global generator, does not keep lengths, or
+    is of no use to gradients once it was made for inference."""
     C, channels, N, made = 256, 64, 400, []
     for _ in range(2):
         reference.projection.cache_clear()
@@ -278,6 +278,9 @@ def test_the_projection():
     torch.manual_seed(1)
     assert torch.equal(made[0][1], torch.rand(1)), "the global random numbers are the caller's"
     assert torch.equal(made[0][0], made[1][0]), "it changes from call to call"
+    with torch.inference_mode():
+        spectral_prune(torch.ones(1, 8, 257), 4)  # 257: a width that nobody asked for yet
+    spectral_prune(torch.ones(1, 8, 257, requires_grad=True), 4)
     x = torch.randn(1, N, C, generator=torch.Generator().manual_seed(0))
     ratio = (x @ made[0][0]).square().sum() / x.square().sum()
     # One squared length varies by sqrt(2 / channels). The mean over N tokens varies less, but not below what the one
