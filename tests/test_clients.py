@@ -137,7 +137,8 @@ def test_several_questions_on_one_reading(name):
         got = model(input_ids=torch.tensor(questions), **more, **{CACHE: cache}).logits
         for row, question in enumerate(questions):
             own = stored(model(**inputs, use_cache=True))
-            own.batch_select_indices(torch.tensor([row // 2]))
+            own.reorder_cache(torch.tensor([1, 0]))
+            own.batch_select_indices(torch.tensor([1 - row // 2]))
             more = {"attention_mask": mask[row : row + 1], "position_ids": at[..., row : row + 1, :]}
             alone = model(input_ids=torch.tensor([question]), **more, **{CACHE: own}).logits
             agree(got[row : row + 1], alone, f"question {row}")
