@@ -98,7 +98,7 @@ def test_refuses_in_one_line(folders, arguments, names, monkeypatch, capsys):
 
 @torch.no_grad()
 def test_flops_and_bytes_by_hand():
-    """Catches: attention counted as full, a layer's share that is that of another, padding that is counted."""
+    """Catches: attention counted as full, a layer's share that is that of another, padding counted."""
     model, config, n = tiny(), LUVCConfig(vision_keep=1.0, llm_keep=[1, 1, 0.5, 0]), SIDE**2
     inputs = batch(model, [[1, "image1", 5, 6], [7, 8, 9]])
     weights = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64  # q, k and v, o, the three of the MLP
@@ -116,7 +116,7 @@ def test_flops_and_bytes_by_hand():
 
 @torch.no_grad()
 def test_report_says_what_happened():
-    """Catches: text or padding counted as image tokens, tokens of another block or layer, words that change it."""
+    """Catches: text or padding counted as image tokens, tokens of another layer, words that change it."""
     model, blocks = tiny(), []
     inputs, luvc = batch(model, ragged("llava-clip")), LUVC(model, BOTH)
     with pytest.raises(ValueError, match="nothing happened yet"):

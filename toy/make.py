@@ -369,8 +369,8 @@ def encode_turns(tokenizer, asked, patches, pictures=1):
 
     The answer is asked for twice: behind "ASSISTANT:", and as a crutch already at the word that names the
     subject ("striped") and, where the answer has two words, at the one behind it. There the question ends as
-    far as the picture is concerned; copying the answer to the end of the line is then easy. Without it learning
-    takes hours.
+    far as the picture is concerned; copying the answer to the end of the line is then easy. Without it
+    learning takes hours.
     """
     to_id, image = tokenizer.convert_tokens_to_ids, tokenizer.convert_tokens_to_ids("<image>")
     ids = [to_id("USER:")]
