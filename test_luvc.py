@@ -832,7 +832,7 @@ BOTH = LUVCConfig(vision_keep=0.45)
 def ragged(name):
     """Three rows: pictures side by side, a video where the family has such; one picture; none."""
     video = ["video3", 8] if name in QWENS or name == "llava_onevision" else []
-    return [[1, "image1", 5, *video, "tall2", "image4", 6, 7], [1, "tall5", 5, 6], [1, 2, 3]]
+    return [[1, "image1", *video, 5, "tall2", "image4", 6, 7], [1, "tall5", 5, 6], [1, 2, 3]]
 
 
 def agree(got, want, why):
