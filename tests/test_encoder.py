@@ -286,3 +286,14 @@ def test_gradients_of_the_pixels(name):
     ]
     scale = pair[1].abs().max()
     agree(pair[0] / scale, pair[1] / scale, "another gradient than with pruned tokens masked")
+
+
+@torch.no_grad()
+def test_encoder_in_another_dtype():
+    """Catches: numbers that are lost when the model casts features to the dtype of its LLM."""
+    model = tiny().bfloat16()
+    model.model.vision_tower.float(), model.model.multi_modal_projector.float()
+    with LUVC(model, LUVCConfig(vision_keep=0.45, llm_keep=1.0)) as luvc:
+        model(**batch(model, [[1, "image1", 5, 6]]))
+    copies = copies_by_hand(luvc.groups[0].tolist()).values()
+    same(luvc.sizes[0][0].tolist(), [1, *copies, 1, 1], "sizes: text, image tokens, text")
