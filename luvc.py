@@ -431,8 +431,11 @@ EXTRA = 8
 
 
 def size_channels(size: Tensor) -> Tensor:
-    """What keys of these sizes (B, K) >= 1 get: log(size), and zeros; (B, 1, K, EXTRA), for all heads."""
-    return nn.functional.pad(size.log()[:, None, :, None], (0, EXTRA - 1))
+    """What keys of these sizes (B, K) get: log(size), and zeros; (B, 1, K, EXTRA), for all heads.
+
+    A key of size 0 (a filler, section 4) weighs exp(-1000), which is 0, and fits into half precision.
+    """
+    return nn.functional.pad(size.log().clamp(min=-1e3)[:, None, :, None], (0, EXTRA - 1))
 
 
 def widen(x: Tensor, channels: Tensor) -> Tensor:
@@ -487,8 +490,8 @@ ATTENTIONS.register("luvc", sized_attention)
 #
 # Samples of a batch may keep differently many positions. Shorter ones are filled up at their end, and the KV
 # cache remembers the logical position of each column that it stores, -1 for a filler. So the mask of any
-# later call is the caller's, read at these positions; where it hides nothing there is none, and flash
-# kernels run. In a first call it never does: what is masked is not processed, and fillers come last.
+# later call is the caller's, read at these positions; where it hides nothing that is stored there is none,
+# and flash kernels run. (What is masked is not processed, so it is not stored; fillers have size 0.)
 #
 #     _run_model     which ids are placeholders of pictures in this call?
 #     _run_decoder   what can be pruned? A Prompt goes from layer to layer
@@ -523,6 +526,14 @@ class PrunedLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.seen
+
+    def hides(self, shown: Tensor) -> bool:
+        """Does a mask, shown (B, seen + S) bool, hide anything that is stored?"""
+        if not self.positions:
+            return False
+        self.positions = [torch.cat(self.positions, dim=1)]
+        hidden = ~shown.gather(1, self.positions[0].clamp(min=0)) & (self.positions[0] >= 0)
+        return bool(hidden.any())
 
     def expect(self, prompt: "Prompt") -> None:
         """Say what the next keys and values belong to."""
@@ -568,7 +579,7 @@ class Prompt:
         pictures: list of `Pictures`, what can be pruned.
         text_lengths: list of int; per sample, how many positions every layer processes.
         shown: (B, start + S) bool, what the caller's mask shows, `start` positions of earlier calls first.
-        masked: does it hide any?
+        masked: does it hide anything that is stored?
         weigh: proportional attention?
     """
 
@@ -616,7 +627,7 @@ class Prompt:
             self.index = (position + self.rows * S).flatten()
         self.positions = position + self.start
         if self.fillers:
-            self.positions, size = self.positions.masked_fill(size == 0, -1), size.clamp(min=1)
+            self.positions = self.positions.masked_fill(size == 0, -1)
         self.channels = size_channels(size) if self.weigh else None
 
     def gather(self, x: Tensor) -> Tensor:
@@ -627,7 +638,7 @@ class Prompt:
         """transformers' own mask for x (B, K, C), behind what is stored; none where a kernel needs none."""
         (B, K, _), shown, kernel = x.shape, None, config._attn_implementation
         past = store.keys.shape[-2] if store is not None and store.is_initialized else 0
-        hides = past > 0 and (self.masked or store.fillers)
+        hides = past > 0 and (self.masked or (store.fillers and not self.weigh))
         if hides:
             store.positions = [torch.cat(store.positions, dim=1)]  # (B, past + K)
             shown = self.shown[self.rows, store.positions[0]]
@@ -737,6 +748,8 @@ class Pruner(Hook):
             size, pictures, text_lengths = self._find_pictures(ids, kinds, here, kwargs["inputs_embeds"])
         wanted = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         cache = adopt(cache, decoder) if cache is not None or wanted else None
+        # Every layer stores a part of what the first one stores.
+        masked = masked and cache is not None and cache.layers[0].hides(shown)
         prompt = Prompt(size, pictures, text_lengths, shown, masked, self.config.sizes)
         output = plain(*args, **kwargs | {"attention_mask": None, CACHE: cache, "prompt": prompt})
         self.latest = prompt if S > 1 or kinds else self.latest

@@ -576,7 +576,7 @@ def test_one_layer_by_hand(attention):
     right = mask is None if attention == "sdpa" else mask.shape[-2:] == (4, 4)
     assert right, f"a mask {mask} for a sequence of 4"
     told = prompt.channels[:, 0, :, 0].exp().round().tolist()
-    same(told, [[1, 8, 1, 1], [3, 4, 1, 1]], "the sizes whose logs the cache's layer was told")
+    same(told, [[1, 8, 1, 1], [3, 4, 1, 0]], "the sizes whose logs the cache's layer was told")
     same(prompt.positions.tolist(), [[0, 2, 3, 4], [2, 3, 4, -1]], "logical positions of what is stored")
     same([s.tolist() for s in prompt.layers], [[[1, 0, 8, 1, 1], [0, 0, 3, 4, 1]]], "prompt.layers: sizes")
 
