@@ -307,7 +307,7 @@ def make_processor(tokenizer):
     )
 
 
-def build(adapter=ADAPTER, attn="sdpa"):
+def build(adapter=ADAPTER):
     """(model, processor): DINOv2 and SmolLM2 joined to an ordinary LLaVA, the adapter merged into the weights.
 
     Raises: ValueError if a package or the adapter is missing.
@@ -329,7 +329,7 @@ def build(adapter=ADAPTER, attn="sdpa"):
         vision_feature_layer=LAYER,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
-        attn_implementation=attn,
+        attn_implementation="sdpa",
     )
     model = LlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -558,10 +558,9 @@ class Projector(nn.Module):
         super().__init__()
         self.mean, self.std = mean, std
         self.linear_1, self.linear_2 = (nn.Linear(*state[f"linear_{n}.weight"].T.shape) for n in (1, 2))
-        bias = state["linear_1.bias"] + state["linear_1.weight"] @ mean
-        self.load_state_dict(
-            state | {"linear_1.weight": state["linear_1.weight"] * std, "linear_1.bias": bias}
-        )
+        self.load_state_dict(state)
+        self.linear_1.bias.data += self.linear_1.weight.data @ mean
+        self.linear_1.weight.data *= std
 
     def forward(self, x):
         return self.linear_2(nn.functional.gelu(self.linear_1((x - self.mean) / self.std)))
@@ -921,12 +920,7 @@ def main():
     add("--scenes", type=int, default=58, help="scenes with questions (default %(default)s)")
     add("--questions", type=int, default=20, help="per scene (default %(default)s)")
     add("--first", type=int, default=0, help="seed of the first scene")
-    add(
-        "--store",
-        type=Path,
-        metavar="FILE",
-        help="JSON: keeps what is measured, an interrupted run goes on",
-    )
+    add("--store", type=Path, metavar="FILE", help="JSON: an interrupted run goes on from there")
     add("--adapter", type=Path, default=ADAPTER, help="(default: the committed one)")
     args = parser.parse_args()
     torch.set_grad_enabled(args.train)
