@@ -426,7 +426,7 @@ def move(device: torch.device, *holders) -> None:
 #
 # The kernel sees ordinary queries and keys. One channel would do, but kernels want head sizes in steps of 8,
 # and values as wide as keys. It costs KV cache: 6 % at head size 128, 12 % at 64. With `sizes=False` none of
-# this happens, and nothing else in this file changes: skip the four functions at first reading.
+# this happens, and masks hide fillers (section 4) instead: skip the four functions at first reading.
 EXTRA = 8
 
 
@@ -532,8 +532,8 @@ class PrunedLayer(DynamicLayer):
         if not self.positions:
             return False
         self.positions = [torch.cat(self.positions, dim=1)]
-        hidden = ~shown.gather(1, self.positions[0].clamp(min=0)) & (self.positions[0] >= 0)
-        return bool(hidden.any())
+        at = self.positions[0].to(shown.device)
+        return bool((~shown.gather(1, at.clamp(min=0)) & (at >= 0)).any())
 
     def expect(self, prompt: "Prompt") -> None:
         """Say what the next keys and values belong to."""
