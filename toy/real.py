@@ -5,6 +5,7 @@
     python toy/real.py --lost                 # the numbers that LUVC loses: by which unit, in which layers?
     python toy/real.py --curve                # more and more compression
     python toy/real.py --choose --first 5000 --scenes 20     # splits and schedules at equal cost
+    python toy/real.py --rules --first 5000 --scenes 21      # the merger alone, with other criteria for cuts
     python toy/real.py --merge                # merging inside DINOv2, on photographs
     python toy/real.py --save                 # an ordinary checkpoint folder, for toy/ask.py --model toy/real
     python toy/real.py --train --start OLD --adapter NEW     # goes on training; an hour and a half of one core
@@ -655,6 +656,45 @@ def stride_axis(x, size, keep, axis):
     return x.index_select(axis, middle), total, parent
 
 
+def ward(x, size):
+    """Ward's criterion (1963): how much variance a merge of neighbours along W would throw away, negative."""
+    s, t = size[:, :, :-1], size[:, :, 1:]
+    return -(s * t / (s + t)) * (x[:, :, :-1] - x[:, :, 1:]).square().sum(-1)
+
+
+def normalised(x):
+    """Tokens with mean 0 and deviation 1."""
+    return nn.functional.layer_norm(x, x.shape[-1:])
+
+
+def in_spreads(x, size):
+    """Each channel from its mean over the picture, in units of its deviation."""
+    x = x - (x * size[..., None]).sum((1, 2), keepdim=True) / size.sum((1, 2))[:, None, None, None]
+    return x / (x.square().mean((1, 2), keepdim=True).sqrt() + 1e-6)
+
+
+LIKENESS = {  # (tokens (B, H, W, C), sizes (B, H, W)) -> (B, H, W - 1), high where neighbours are alike
+    "Ward": ward,
+    "Ward, layer-normalised": lambda x, size: ward(normalised(x), size),
+    "the same, in spreads": lambda x, size: ward(in_spreads(normalised(x), size), size),
+    "the last, without sizes": lambda x, size: ward(in_spreads(normalised(x), size), torch.ones_like(size)),
+}
+
+
+def cut_by(likeness, x, size, keep, axis):
+    """`merge_axis` with another likeness of neighbours than the cosine."""
+    if axis == 1:
+        x, size, parent = cut_by(likeness, x.transpose(1, 2), size.transpose(1, 2), keep, axis=2)
+        parent = parent % keep * parent.shape[1] + parent // keep
+        return x.transpose(1, 2), size.transpose(1, 2), parent.transpose(1, 2)
+    B, H, W, C = x.shape
+    cut = likeness(x, size).argsort(dim=-1, stable=True)[..., : keep - 1]
+    run = torch.zeros(B, H, W, dtype=torch.long).scatter_(-1, cut + 1, 1).cumsum(-1)
+    total = torch.zeros(B, H, keep).scatter_add_(-1, run, size)
+    merged = torch.zeros(B, H, keep, C).scatter_add_(2, run[..., None].expand_as(x), x * size[..., None])
+    return merged / total[..., None], total, torch.arange(H)[:, None] * keep + run
+
+
 def match_tokens(x, size, keep, axis, keys=None):
     """ToMe's rule with the contract of `merge_axis`: every second token may join its most similar one among the
     others, wherever that is, and the closest pairs do. What is left is no grid: it is only laid out as one.
@@ -854,6 +894,13 @@ def choice_methods():
     return methods
 
 
+def rule_methods():
+    """The rows of --rules: the merger alone, cutting lines by other criteria than the cosine."""
+    base = replace(THREE, llm_keep=1.0)
+    rules = {name: functools.partial(cut_by, likeness) for name, likeness in LIKENESS.items()}
+    return {"plain": None, "cosine": base} | {n: replace(base, merge=rule) for n, rule in rules.items()}
+
+
 def curve_methods():
     """The rows of --curve: both units, from little to much compression."""
 
@@ -915,6 +962,7 @@ def main():
     add("--merge", action="store_true", help="merging inside DINOv2, on photographs")
     add("--save", action="store_true", help="write an ordinary checkpoint folder, toy/real")
     add("--choose", action="store_true", help="splits and schedules at equal cost")
+    add("--rules", action="store_true", help="where should a line be cut?")
     add("--curve", action="store_true", help="how much can be left out")
     add("--lost", action="store_true", help="which unit loses numbers")
     add("--scenes", type=int, default=58, help="scenes with questions (default %(default)s)")
@@ -937,7 +985,12 @@ def main():
         processor.save_pretrained(FOLDER)
         print(f"saved; now: python toy/ask.py --model {FOLDER.relative_to(HERE.parent)}")
     else:
-        tables = {"choose": choice_methods, "curve": curve_methods, "lost": lost_methods}
+        tables = {
+            "choose": choice_methods,
+            "rules": rule_methods,
+            "curve": curve_methods,
+            "lost": lost_methods,
+        }
         methods = next((rows for name, rows in tables.items() if getattr(args, name)), table_methods)()
         scenes, rows = measure(methods, args.adapter, args.scenes, args.first, args.questions, args.store)
         asked = sum(len(scene.asked) for scene in scenes)
