@@ -61,6 +61,18 @@ def test_agreement(real, glued):
     assert mean["SPU"]["kl"] <= 0.05, mean
 
 
+def test_adapter(real, glued):
+    """Every pair of LoRA matrices in the adapter has a weight that it is added to; `build` looks for no other names."""
+    from safetensors.torch import load_file
+
+    llm, vision = glued[0].model.language_model, glued[0].model.vision_tower
+    weights = {name for name, _ in llm.named_parameters()}
+    weights |= {f"vision.{real.old_name(name)}" for name, _ in vision.named_parameters()}
+    lora = {name[:-2] for name in load_file(real.ADAPTER) if name.endswith((".A", ".B"))}
+    assert len(lora) == 30 * 7 + real.LAYER * 6
+    assert {f"{name}.weight" for name in lora} <= weights
+
+
 def test_template(real, glued):
     """Chat template and processor make the prompt that the model was trained on."""
     _, processor = glued
